@@ -55,12 +55,14 @@ $(STAMP): pyproject.toml constraints.txt
 	    rm -rf .venv
 	    "$$python" -m venv .venv
 	fi
+	run() { $(BIN)/python -m pip --disable-pip-version-check "$$@" >.venv/install.log 2>&1 || {
+	    tail -n 20 .venv/install.log >&2
+	    echo "setup: 'pip $$1' failed; all it said is in .venv/install.log" >&2
+	    exit 1
+	} }
 	echo "setup: installing pbkd and what it needs into .venv (about 2 GB; two to five minutes the first time)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip check --disable-pip-version-check >/dev/null || {
-	    echo "setup: the installed packages contradict each other:" >&2
-	    $(BIN)/python -m pip check --disable-pip-version-check >&2; exit 1
-	}
+	run install -c constraints.txt -e '.[dev]'
+	run check
 	touch $@
 	echo "setup: done; start with .venv/bin/pbkd --help"
 
