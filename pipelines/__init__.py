@@ -1,0 +1,1 @@
+"""Orchestration: from a recipe to a graph of stages, run as jobs, kept in a store, tracked in MLflow."""
