@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,16 @@ REGISTRY_HOSTS = [
 
 def files_of_the_project() -> list[Path]:
     """What is committed or would be by `git add .`; asked as any user, whoever owns the checkout."""
-    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    command = [
+        "git",
+        "-c",
+        "safe.directory=*",
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     paths = [ROOT / name for name in listing.split("\0") if name]
     return [path for path in paths if path.is_file()]
@@ -63,7 +73,9 @@ def test_no_text_names_a_package_registry() -> None:
 
 def test_every_module_says_what_it_is_for() -> None:
     silent = [
-        relative(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        relative(path)
+        for path in MODULES
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert silent == [], "a module opens with one or two lines saying what it is for"
 
@@ -94,7 +106,7 @@ def test_recipe_opens_with_its_command(recipe: Path) -> None:
 
 def test_every_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
+    wanted = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     pins = [
         line
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
