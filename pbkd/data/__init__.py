@@ -1,0 +1,16 @@
+"""Data sets, their identity, and the reader that gives the same batches to every world size."""
+
+from pbkd.data.digest import data_digest
+from pbkd.data.reader import Batch, Data, Reader, open_data
+from pbkd.data.settings import READER_VERSION, DataInfo, DataSettings
+
+__all__ = [
+    "READER_VERSION",
+    "Batch",
+    "Data",
+    "DataInfo",
+    "DataSettings",
+    "Reader",
+    "data_digest",
+    "open_data",
+]

@@ -1,0 +1,80 @@
+"""Random and fixed views of images: crop, flip and shift of uint8 batches; resized and centre crops of PIL
+images."""
+
+import math
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from PIL import Image
+
+from pbkd.data.draws import below, draw, unit
+
+_FLIP, _TOP, _LEFT = 1, 2, 3
+_ATTEMPTS = 10
+_FIRST_ATTEMPT = 4  # attempt a draws area, ratio, top, left as the numbers 4 + 4a … 7 + 4a
+
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels, as PIL takes it."""
+
+
+def random_crop(images: NDArray[np.uint8], keys: NDArray[np.uint64], padding: int) -> NDArray[np.uint8]:
+    """Each image of (N, C, H, W) padded with `padding` zeros on all sides, and a random H x W part of it."""
+    count, channels, height, width = images.shape
+    canvas = np.zeros((count, channels, height + 2 * padding, width + 2 * padding), np.uint8)
+    canvas[:, :, padding : padding + height, padding : padding + width] = images
+    windows = sliding_window_view(canvas, (height, width), axis=(2, 3))
+    top = below(draw(keys, _TOP), 2 * padding + 1)
+    left = below(draw(keys, _LEFT), 2 * padding + 1)
+    cropped: NDArray[np.uint8] = windows[np.arange(count), :, top, left]
+    return cropped
+
+
+def random_flip(images: NDArray[np.uint8], keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Half of the images of (N, C, H, W) mirrored left to right, in place; returns `images`."""
+    chosen = below(draw(keys, _FLIP), 2).astype(bool)
+    images[chosen] = images[chosen][..., ::-1]
+    return images
+
+
+def draw_views(keys: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """All numbers in [0, 1) that `resized_crop_box` and the flip need, shape (N, 44); column = draw
+    number."""
+    return np.stack([unit(draw(keys, number)) for number in range(_FIRST_ATTEMPT + 4 * _ATTEMPTS)], axis=1)
+
+
+def resized_crop_box(width: int, height: int, numbers: list[float]) -> Box:
+    """A part with 0.08 to 1 of the area and a ratio of 3/4 to 4/3, chosen as torchvision's RandomResizedCrop
+    does.
+
+    `numbers` is a row of `draw_views`. An image in which ten attempts do not fit gives its central part.
+    """
+    for first in range(_FIRST_ATTEMPT, len(numbers), 4):
+        area = width * height * (0.08 + 0.92 * numbers[first])
+        ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * numbers[first + 1])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(numbers[first + 2] * (height - h + 1))
+            left = int(numbers[first + 3] * (width - w + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def resized_crop_flip(image: Image.Image, size: int, numbers: list[float]) -> Image.Image:
+    """A random part of `image` scaled to size x size, and half of them mirrored."""
+    image = image.crop(resized_crop_box(*image.size, numbers)).resize((size, size), Image.Resampling.BILINEAR)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if numbers[_FLIP] >= 0.5 else image
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side scaled to size * 256/224, then the central size x size: the usual view for
+    evaluation."""
+    width, height = image.size
+    shorter = round(size * 256 / 224)
+    scale = shorter / min(width, height)
+    width, height = max(shorter, int(width * scale)), max(shorter, int(height * scale))
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + size, top + size))

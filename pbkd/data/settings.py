@@ -1,0 +1,165 @@
+"""What a recipe says about its data: `DataSettings`, and what follows from it: `DataInfo`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pbkd.data.folder import list_classes
+from pbkd.errors import UserError
+
+READER_VERSION = 1
+"""Raised by hand when the same settings, seed and data begin to give other numbers; part of every stage
+key."""
+
+Augmentation = Literal["none", "crop_flip", "shift", "resized_crop_flip"]
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a network has to know of the data: `input_shape` is (C, H, W), `mean` and `std` are per channel,
+    of [0, 1]."""
+
+    name: str
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+_CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100_STATISTICS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+_IN_MEMORY = {
+    "digits": DataInfo("digits", (1, 8, 8), 10, (0.3053,), (0.3760,)),
+    "cifar10": DataInfo("cifar10", (3, 32, 32), 10, *_CIFAR10_STATISTICS),
+    "cifar100": DataInfo("cifar100", (3, 32, 32), 100, *_CIFAR100_STATISTICS),
+}
+_FOLDER_SIDE = 224
+_IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_AUTO: dict[str, Augmentation] = {
+    "digits": "shift",
+    "cifar10": "crop_flip",
+    "cifar100": "crop_flip",
+    "folder": "resized_crop_flip",
+}
+
+
+class DataSettings(BaseModel):
+    """The `data` section of a recipe; unknown keys are errors.
+
+    name: `digits` (comes with scikit-learn), `cifar10`, `cifar100`, or `folder`: root/train/CLASS/*.JPEG and
+      root/val/CLASS/*.JPEG as ImageNet has them; there `val` is the test split.
+    root: folder that holds the data; digits need none.
+    download: fetch a missing CIFAR into `root`.
+    batch_size: global training batch, over all ranks.
+    eval_batch_size: global batch of evaluations; does not change their results.
+    val_fraction: share of the training set kept for selection (0: no validation split). Digits are split into
+      700 / 97 / 1000 samples whatever it says.
+    augment: `auto` is `crop_flip` (4 zero pixels) for CIFAR, `shift` (1 pixel, no flip) for digits and
+      `resized_crop_flip` for a folder.
+    image_size: side in pixels of a folder's images (default 224); the others have their own.
+    num_classes: of a folder, when it is not on this machine.
+    mean, std: per channel, of pixels in [0, 1]; default: the data set's usual ones.
+    limit: only the first so many samples of each split, for smoke runs.
+    workers: threads that decode a folder's images; does not change the results.
+    loader: `torch` is the only one so far, and what `auto` takes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Literal["digits", "cifar10", "cifar100", "folder"]
+    root: Path | None = None
+    download: bool = False
+    batch_size: int = Field(default=128, ge=1)
+    eval_batch_size: int = Field(default=500, ge=1)
+    val_fraction: float = Field(default=0.1, ge=0, lt=1)
+    augment: Literal["auto", "none", "crop_flip", "shift", "resized_crop_flip"] = "auto"
+    image_size: int | None = Field(default=None, ge=8)
+    num_classes: int | None = Field(default=None, ge=2)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    limit: int | None = Field(default=None, ge=2)
+    workers: int = Field(default=2, ge=1)
+    loader: Literal["auto", "torch"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        native = _IN_MEMORY.get(self.name)
+        if native is None:
+            if self.augment in ("crop_flip", "shift"):
+                raise ValueError(f"augment={self.augment}: a folder has resized_crop_flip or none")
+            if self.download:
+                raise ValueError("download=true works for cifar10 and cifar100; a folder is never fetched")
+        else:
+            if self.augment == "resized_crop_flip":
+                raise ValueError(f"augment=resized_crop_flip: {self.name} has crop_flip, shift or none")
+            side = native.input_shape[1]
+            if self.image_size not in (None, side):
+                raise ValueError(f"image_size={self.image_size}: {self.name} has {side}; leave it out")
+            if self.num_classes not in (None, native.num_classes):
+                raise ValueError(
+                    f"num_classes={self.num_classes}: {self.name} has {native.num_classes}; leave it out"
+                )
+        channels = 3 if native is None else native.input_shape[0]
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != channels:
+                raise ValueError(f"{key} has {len(values)} values; {self.name} has {channels} channels")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std={self.std}: every value must be above 0")
+        return self
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """`augment` with `auto` resolved."""
+        if self.augment != "auto":
+            return self.augment
+        return _AUTO[self.name]
+
+    def data_root(self) -> Path:
+        """The folder `root` names. Raises UserError when the recipe names none."""
+        if self.root is None:
+            raise UserError(f"data.root is not set, and {self.name} is read from disk\ncure: data.root=DIR")
+        return self.root.expanduser()
+
+    def describe(self) -> DataInfo:
+        """Input shape, classes and normalization; reads no data.
+
+        A folder's classes are `num_classes` or the class folders of root/train. Raises UserError when it has
+        neither.
+        """
+        native = _IN_MEMORY.get(self.name)
+        if native is None:
+            side = self.image_size or _FOLDER_SIDE
+            classes = self.num_classes or self._count_classes()
+            native = DataInfo(self.name, (3, side, side), classes, *_IMAGENET_STATISTICS)
+        return replace(native, mean=self.mean or native.mean, std=self.std or native.std)
+
+    def semantic(self) -> dict[str, Any]:
+        """What changes the numbers, resolved and ready for JSON: these settings' part of a stage key.
+
+        Not in it: where the data lie and how fast they are read (root, download, workers, eval_batch_size,
+        loader), and `num_classes`, which the data themselves determine.
+        """
+        native = _IN_MEMORY.get(self.name)
+        mean, std = (native.mean, native.std) if native else _IMAGENET_STATISTICS
+        result: dict[str, Any] = {
+            "name": self.name,
+            "batch_size": self.batch_size,
+            "augment": self.augmentation,
+            "mean": list(self.mean or mean),
+            "std": list(self.std or std),
+            "limit": self.limit,
+        }
+        if self.name != "digits":
+            result["val_fraction"] = self.val_fraction
+        if native is None:
+            result["image_size"] = self.image_size or _FOLDER_SIDE
+        return result
+
+    def _count_classes(self) -> int:
+        try:
+            return len(list_classes(self.data_root() / "train"))
+        except UserError as error:
+            cure = "or, where the data are elsewhere: data.num_classes=N"
+            raise UserError(f"{error} {cure}") from None
