@@ -6,19 +6,22 @@ import os
 import tempfile
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from pbkd.data.datasets import CIFAR_FILES, fetch_cifar, load_digits, missing_cifar
 from pbkd.data.folder import list_images
 from pbkd.data.settings import DataSettings
 
 _CACHE = "data-digests.json"
+_KNOWN = TypeAdapter(dict[str, str])  # "path|size|mtime" -> sha256
 
 
 def data_digest(settings: DataSettings, cache: Path) -> str:
     """sha256 (hex) of the data that `settings` name.
 
-    CIFAR: of its official files' bytes; each file is hashed once and remembered in the folder `cache` by path,
-    size and time of change. Digits: of the arrays. A folder: of its sorted list of (relative path, size), read
-    anew each time; the content of images is not hashed, so one replaced by another of its size goes unnoticed.
+    CIFAR: of its official files' bytes; each file is hashed once and remembered in the folder `cache` by its
+    path, size and time of change. Digits: of the arrays. A folder: of its sorted list of (relative path,
+    size), read anew each time; images' content is not hashed: a change that keeps the size goes unnoticed.
 
     With `download` a missing CIFAR is fetched first. Raises UserError with the cure when data are missing.
     """
@@ -46,7 +49,7 @@ def _folder_digest(root: Path) -> str:
 
 def _file_hashes(paths: list[Path], cache: Path) -> list[str]:
     try:
-        known = json.loads(cache.read_text())
+        known = _KNOWN.validate_json(cache.read_bytes())
     except (OSError, ValueError):  # no cache yet, or a damaged one: it is only a cache
         known = {}
     before = dict(known)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from pbkd.errors import UserError
@@ -64,7 +65,8 @@ def read_rgb(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I;16"):
-                return image.point(lambda value: value / 256).convert("L").convert("RGB")
+                # PIL would clip it at 255.
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             if "transparency" in image.info:
                 # PIL warns when a palette with transparency goes to RGB directly.
                 return image.convert("RGBA").convert("RGB")

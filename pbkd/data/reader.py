@@ -165,7 +165,8 @@ class Data:
         else the fixed ones for evaluation. `channels_last` sets the memory format of the images. Raises
         UserError when the split is empty, or too small to train on with `world` ranks.
         """
-        assert 0 <= rank < world and batch_size >= 1
+        assert 0 <= rank < world
+        assert batch_size >= 1
         size = self.sizes[split]
         if not size:
             raise UserError(f"the {split} split of {self.info.name} is empty\ncure: data.val_fraction=0.1")

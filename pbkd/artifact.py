@@ -1,0 +1,117 @@
+"""An artifact is a network on disk: `weights.safetensors` and `spec.json`. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pbkd.errors import UserError
+from pbkd.networks import BlockNetwork, NetworkSpec, load_weights, weights_digest
+from pbkd.networks.weights import empty
+
+FORMAT = 1
+PROBE_SEED = 20180713
+PROBE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A saved network.
+
+    Attributes:
+        path: its folder.
+        digest: sha256 of spec and weights; names the artifact.
+        weights_digest: sha256 of the weights alone.
+        spec: its architecture.
+    """
+
+    path: Path
+    digest: str
+    weights_digest: str
+    spec: NetworkSpec
+
+
+def save(network: BlockNetwork, folder: Path) -> Artifact:
+    """Write `network` into `folder`, which is created; with the logits of a seeded input, checked at loading."""
+    folder.mkdir(parents=True, exist_ok=True)
+    network = network.cpu().eval()
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    weights = weights_digest(tensors)
+    spec = network.spec.model_dump(mode="json")
+    digest = hashlib.sha256(json.dumps([FORMAT, spec, weights], sort_keys=True).encode()).hexdigest()
+    description = {
+        "format": FORMAT,
+        "network": spec,
+        "weights_digest": weights,
+        "digest": digest,
+        "probe": _probe(network),
+    }
+    save_file(tensors, folder / "weights.safetensors")
+    (folder / "spec.json").write_text(json.dumps(description, indent=1) + "\n")
+    return Artifact(folder, digest, weights, network.spec)
+
+
+def read(folder: Path) -> Artifact:
+    """The artifact in `folder`, its weights unread.
+
+    Raises:
+        UserError: there is none, or its spec is not one of pbkd's.
+    """
+    path = folder / "spec.json"
+    try:
+        description = json.loads(path.read_text())
+        spec = NetworkSpec.model_validate(description["network"])
+        return Artifact(folder, description["digest"], description["weights_digest"], spec)
+    except OSError as error:
+        raise UserError(f"{path}: no artifact here ({error.strerror}); give a folder that pbkd wrote") from error
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"{path}: not a pbkd architecture spec; the file was edited or damaged") from error
+
+
+def load(folder: Path) -> BlockNetwork:
+    """The network of an artifact, on the CPU, in eval mode, without gradients.
+
+    Raises:
+        UserError: weights are missing, do not match their digest, or do not give the stored logits.
+    """
+    artifact = read(folder)
+    path = folder / "weights.safetensors"
+    tensors = read_tensors(path)
+    if weights_digest(tensors) != artifact.weights_digest:
+        raise UserError(f"{path}: the weights do not match their digest; the file was edited or damaged")
+    network = empty(artifact.spec)
+    load_weights(network, tensors, str(path))
+    network.eval().requires_grad_(False)
+    stored = torch.tensor(json.loads((folder / "spec.json").read_text())["probe"])
+    found = torch.tensor(_probe(network))
+    if not torch.allclose(found, stored, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(stored.abs().max())):
+        raise UserError(f"{folder}: the network does not compute what it did when it was saved; use its pbkd version")
+    return network
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        UserError: the file is missing or is no safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights file; give a .safetensors file, absolute or relative to here")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error}); it is damaged or another format") from error
+
+
+@torch.inference_mode()
+def _probe(network: BlockNetwork) -> list[float]:
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    logits = network(torch.randn(1, *network.spec.input_shape, generator=generator))
+    return [float(value) for value in logits[0, :16]]

@@ -1,0 +1,23 @@
+"""Networks as blocks: specs, the modules built from them, named architectures, weights."""
+
+from pbkd.networks.block_network import BlockNetwork, build_block, fold_norms, on_meta, spec_of
+from pbkd.networks.spec import BlockSpec, ConvSpec, NetworkSpec
+from pbkd.networks.weights import fresh, initialize_fresh, load_weights, weights_digest
+from pbkd.networks.zoo import NetworkSettings, architecture
+
+__all__ = [
+    "BlockNetwork",
+    "BlockSpec",
+    "ConvSpec",
+    "NetworkSettings",
+    "NetworkSpec",
+    "architecture",
+    "build_block",
+    "fold_norms",
+    "fresh",
+    "initialize_fresh",
+    "load_weights",
+    "on_meta",
+    "spec_of",
+    "weights_digest",
+]

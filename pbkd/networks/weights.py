@@ -1,0 +1,129 @@
+"""Weights into a network: fresh ones from a seed, or given ones, also under the names public checkpoints use."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pbkd.errors import UserError
+from pbkd.networks.block_network import BlockNetwork, ConvLayer
+from pbkd.networks.spec import NetworkSpec
+
+
+def empty(spec: NetworkSpec, device: torch.device | str = "cpu") -> BlockNetwork:
+    """A network with memory for its weights, whose values are still undefined."""
+    with torch.device("meta"):
+        network = BlockNetwork(spec)
+    return network.to_empty(device=device)
+
+
+def initialize_fresh(module: nn.Module, seed: int) -> None:
+    """Fill `module` (on the CPU) in place: convolutions and hidden linear layers Kaiming (He et al. 2015), norms 1 and 0.
+
+    The numbers depend on `seed` and the shapes alone, not on torch's global generator.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        elif isinstance(part, nn.Linear):
+            bound = part.in_features**-0.5
+            nn.init.uniform_(part.weight, -bound, bound, generator=generator)
+        elif isinstance(part, nn.BatchNorm2d):
+            part.reset_running_stats()
+            nn.init.ones_(part.weight)
+        else:
+            continue
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
+def fresh(spec: NetworkSpec, seed: int) -> BlockNetwork:
+    """A network on the CPU with fresh weights."""
+    network = empty(spec)
+    initialize_fresh(network, seed)
+    return network
+
+
+def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `network`; names may be pbkd's own or those of public VGG and ResNet checkpoints.
+
+    Raises:
+        UserError: a tensor is missing, is left over, or has another shape; names it, and both shapes.
+    """
+    expected = network.state_dict()
+    given = _own_names(network, tensors)
+    for name in expected.keys() - given.keys():
+        if name.endswith("num_batches_tracked"):
+            given[name] = torch.zeros((), dtype=torch.long)
+    for name, tensor in expected.items():
+        if name not in given:
+            raise UserError(f"{source}: no tensor for '{name}' {tuple(tensor.shape)} of {network.spec.arch}")
+        if given[name].shape != tensor.shape:
+            raise UserError(
+                f"{source}: tensor '{name}' has shape {tuple(given[name].shape)}, but {network.spec.arch} needs "
+                f"{tuple(tensor.shape)}; check the recipe's network and the data's classes"
+            )
+    if left := sorted(given.keys() - expected.keys()):
+        raise UserError(f"{source}: {len(left)} tensors do not belong to {network.spec.arch}, first '{left[0]}'")
+    network.load_state_dict(given)
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes, in the order of names; independent of any file format."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+_RESNET_NAMES = (
+    (r"^conv1\.", "stem.0.conv."),
+    (r"^bn1\.", "stem.0.norm."),
+    (r"^layer(\d+)\.(\d+)\.conv(\d+)\.", lambda m: f"blocks.{int(m[1]) - 1}.{m[2]}.branch.{int(m[3]) - 1}.conv."),
+    (r"^layer(\d+)\.(\d+)\.bn(\d+)\.", lambda m: f"blocks.{int(m[1]) - 1}.{m[2]}.branch.{int(m[3]) - 1}.norm."),
+    (
+        r"^layer(\d+)\.(\d+)\.(?:downsample|shortcut)\.([01])\.",
+        lambda m: f"blocks.{int(m[1]) - 1}.{m[2]}.shortcut.{'conv' if m[3] == '0' else 'norm'}.",
+    ),
+    (r"^(?:linear|fc)\.", "classifier.fc1."),
+)
+
+
+def _own_names(network: BlockNetwork, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    given = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    if network.spec.arch.startswith("vgg"):
+        table = _vgg_names(network)
+        return {_renamed_vgg(name, table): tensor for name, tensor in given.items()}
+    renamed = {}
+    for name, tensor in given.items():
+        for pattern, replacement in _RESNET_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _vgg_names(network: BlockNetwork) -> dict[str, str]:
+    """torchvision numbers every layer of a VGG in one row: `features.0`, ... and `classifier.0`, `.3`, `.6`."""
+    table, number = {}, 0
+    for block, modules in enumerate(network.blocks):
+        for name, layer in modules.named_modules():
+            if isinstance(layer, ConvLayer):
+                for child, _ in layer.named_children():
+                    table[f"features.{number}"] = f"blocks.{block}.{name}.{child}"
+                    number += 1
+        number += 1  # the pooling
+    for layer_number in range(1, len(network.spec.classifier.widths)):
+        table[f"classifier.{3 * (layer_number - 1)}"] = f"classifier.fc{layer_number}"
+    return table
+
+
+def _renamed_vgg(name: str, table: Mapping[str, str]) -> str:
+    module, _, tensor = name.rpartition(".")
+    return f"{table.get(module, module)}.{tensor}"

@@ -1,0 +1,171 @@
+"""What every stage is: settings that say what it does, the network it will give, and how it makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from pbkd.data import Data, DataInfo, Reader
+from pbkd.engine import Precision, Row, Session, Task, TrainingSettings, fit
+from pbkd.engine.settings import Settings
+from pbkd.errors import UserError
+from pbkd.measure import evaluate
+from pbkd.networks import BlockNetwork, NetworkSpec
+from pbkd.objectives import cross_entropy
+
+SMOKE_STEPS = 4
+Role = str
+"""What an input is to a stage: `from`, the network it starts with, or `teacher`."""
+
+
+class Unplanned(Exception):  # noqa: N818  # not an error
+    """What a stage gives cannot be known before it has run; the text says why."""
+
+
+@dataclass
+class Context:
+    """What a running stage has at hand.
+
+    Attributes:
+        session: the machine.
+        inputs: networks by role, on the CPU, frozen, in eval mode.
+        data: the open data set.
+        seed: of this stage.
+        precision: of training.
+        history: rows of the stage's training, for its manifest.
+        metrics: what the stage itself measured.
+    """
+
+    session: Session
+    inputs: Mapping[Role, BlockNetwork]
+    data: Data
+    seed: int
+    precision: Precision
+    history: list[Row] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def reader(self, split: str, *, training: bool = False) -> Reader:
+        """A reader of `split` for this rank: shuffled and augmented for training, in fixed order otherwise."""
+        settings = self.data.settings
+        return self.data.reader(
+            split,
+            settings.batch_size if training else settings.eval_batch_size,
+            self.seed,
+            rank=self.session.rank,
+            world=self.session.world_size,
+            device=self.session.device,
+            augment=training,
+            shuffle=training,
+            channels_last=training and self.precision.channels_last,
+        )
+
+    def images(self, count: int) -> Tensor:
+        """The first `count` training images of this stage's order, unaugmented, (count, C, H, W), on every rank alike."""
+        reader = self.data.reader(
+            "train", min(count, self.data.sizes["train"]), self.seed, device=self.session.device, shuffle=True
+        )
+        try:
+            return next(iter(reader))[0]
+        finally:
+            reader.close()
+
+    def train(self, network: BlockNetwork, task: Task, settings: TrainingSettings) -> None:
+        """Train `task`, a part of `network`, in place; after each epoch `network` is judged on the validation split."""
+        reader = self.reader("train", training=True)
+        try:
+            self.history += fit(
+                task, settings, reader, self.session, self.seed, self.precision, lambda: self.validate(network)
+            )
+        finally:
+            reader.close()
+
+    def validate(self, network: BlockNetwork) -> dict[str, float]:
+        """Accuracy (percent) and loss on the validation split, over all ranks; nothing where there is none."""
+        if not self.data.sizes["val"]:
+            return {}
+        found = evaluate(
+            network.to(self.session.device), self.reader("val"), device=self.session.device, reduce=self.session.sum
+        )
+        return {"val_accuracy": found.top1, "val_loss": found.loss}
+
+
+class Stage(Settings):
+    """Base of the stage kinds: a description, and how to carry it out.
+
+    Attributes:
+        from_: (`from` in a recipe) the stage whose network this one starts with; default: the one before it.
+        teacher: the stage whose network teaches; default: the recipe's teacher.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+
+    VERSION: ClassVar[int] = 1
+    """Raised by hand when the same settings and inputs begin to give other weights; part of the stage key."""
+    TEACHABLE: ClassVar[bool] = True
+    """Whether a teacher can be named: agreement with it is measured."""
+
+    kind: str
+    from_: str | None = Field(default=None, alias="from")
+    teacher: str | None = None
+
+    def needs_from(self) -> bool:
+        """Whether the stage starts with another stage's network."""
+        return True
+
+    def semantic(self) -> dict[str, Any]:
+        """The settings that change the result, for the stage key: no names of stages, no paths.
+
+        Raises:
+            UserError: something that belongs to the result, such as a weights file, is not there.
+        """
+        return self.model_dump(mode="json", exclude={"kind", "from_", "teacher"})
+
+    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+        """The architecture the stage will give, from those it gets.
+
+        Raises:
+            UserError: the settings do not fit the architecture.
+            Unplanned: it depends on what only running the stage can tell.
+        """
+        raise NotImplementedError
+
+    def run(self, context: Context) -> BlockNetwork:
+        """Carry the stage out; the network it gives. Every rank calls it and gets the same weights."""
+        raise NotImplementedError
+
+    def smoke(self) -> Self:
+        """The same stage, shrunk to a few steps."""
+        return self
+
+
+class TrainingStage(Stage, TrainingSettings):
+    """Base of the stages that train."""
+
+    def smoke(self) -> Self:
+        """At most `SMOKE_STEPS` steps."""
+        if self.epochs == 0 or (self.steps is not None and self.steps <= SMOKE_STEPS):
+            return self
+        return self.model_copy(update={"epochs": None, "steps": SMOKE_STEPS})
+
+
+def same_task(spec: NetworkSpec, info: DataInfo, what: str) -> NetworkSpec:
+    """`spec`, if it takes the data's images and knows its classes.
+
+    Raises:
+        UserError: it does not.
+    """
+    if spec.num_classes != info.num_classes:
+        raise UserError(f"{what} has {spec.num_classes} classes, but {info.name} has {info.num_classes}")
+    if spec.input_shape != info.input_shape:
+        raise UserError(f"{what} takes images {spec.input_shape}, but {info.name} has {info.input_shape}")
+    return spec
+
+
+def label_objective(output: Tensor, logits: Tensor, target: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy alone."""
+    return {"loss": cross_entropy(logits, labels)}
+

@@ -1,0 +1,160 @@
+"""`block`: replace one block by a student block and train it (Wang et al., IJCAI 2018); `progressive`: all in turn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
+
+from pbkd.data import DataInfo
+from pbkd.engine import Task
+from pbkd.errors import UserError
+from pbkd.networks import BlockNetwork, NetworkSpec, build_block
+from pbkd.objectives import Reduction, cross_entropy, local_feature
+from pbkd.stages.base import Context, Role, TrainingStage, same_task
+from pbkd.students import (
+    Init,
+    StudentSettings,
+    initialize_inherit,
+    initialize_kaiming,
+    initialize_least_squares,
+    student_block,
+)
+
+Width = Annotated[float, Field(gt=0.0, le=1.0)]
+SMOKE_IMAGES = 32
+
+
+class BlockTraining(TrainingStage):
+    """How a student block starts and learns; shared by `block` and `progressive`.
+
+    Attributes:
+        projection_norm, projection_relu: what follows the restoring 1x1 convolution (`StudentSettings`).
+        init: where the student block's weights come from (`pbkd.students.initialize`).
+        init_images: training images that `least_squares` solves on.
+        local_weight: lambda of L = lambda * L_local + CE; the paper does not publish it.
+        reduction: unit of L_local (`pbkd.objectives.local_feature`).
+    """
+
+    projection_norm: bool = False
+    projection_relu: bool = True
+    init: Init = "least_squares"
+    init_images: PositiveInt = 512
+    local_weight: float = Field(default=1.0, ge=0.0)
+    reduction: Reduction = "relative"
+
+    def smoke(self) -> Self:
+        """A few steps, a few images."""
+        return super().smoke().model_copy(update={"init_images": min(self.init_images, SMOKE_IMAGES)})
+
+
+class Block(BlockTraining):
+    """Swap block number `block` (from 1) of the auxiliary network for a student block; train that alone.
+
+    Minimizes L = lambda L_local(s(h), t(h)) + CE(A(x), y), with h the output of the frozen prefix of the auxiliary
+    network, for the student block s and the teacher block t alike.
+    """
+
+    kind: Literal["block"] = "block"
+    block: PositiveInt
+    width: Width = 0.5
+
+    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+        """The auxiliary network with one more student block."""
+        auxiliary = same_task(inputs["from"], info, "the network that is to get a student block")
+        if self.block > len(auxiliary.blocks):
+            raise UserError(f"block {self.block}: {auxiliary.arch} has blocks 1 to {len(auxiliary.blocks)}")
+        if "teacher" in inputs and inputs["teacher"].blocks[self.block - 1] != auxiliary.blocks[self.block - 1]:
+            raise UserError(f"block {self.block} is not the teacher's any more; name the teacher it was taken from")
+        return auxiliary.with_block(self.block - 1, student_block(auxiliary.blocks[self.block - 1], self._student))
+
+    def run(self, context: Context) -> BlockNetwork:
+        """Start the student block, then train it with everything else frozen."""
+        index = self.block - 1
+        network = copy.deepcopy(context.inputs["from"]).to(context.session.device)
+        target = copy.deepcopy(network.blocks[index])
+        spec = student_block(network.spec.blocks[index], self._student)
+        student = build_block(spec).to(context.session.device)
+        prefix = network.prefix(index)
+        match self.init:
+            case "kaiming":
+                initialize_kaiming(student.cpu(), context.seed)
+            case "inherit":
+                initialize_inherit(student.cpu(), target.cpu(), context.seed)
+            case "least_squares":
+                images = context.images(self.init_images)
+                teacher = context.inputs["teacher"].to(context.session.device)
+                initialize_least_squares(
+                    student, target, prefix(images), teacher.prefix(index)(images), context.seed
+                )
+        network.replace_block(index, spec, student)
+        task = Task(
+            trained=student,
+            objective=partial(_local_and_labels, weight=self.local_weight, reduction=self.reduction),
+            prefix=prefix,
+            suffix=network.suffix(index),
+            teacher=target,
+            teacher_input="prefix",
+        )
+        context.train(network, task, self)
+        return network
+
+    @property
+    def _student(self) -> StudentSettings:
+        return StudentSettings(
+            width=self.width, projection_norm=self.projection_norm, projection_relu=self.projection_relu
+        )
+
+
+class Progressive(BlockTraining):
+    """One `block` stage after the other.
+
+    Attributes:
+        blocks: which, numbered from 1; null: all of them.
+        width: share of filters kept, one for all or one per block in the order of `blocks`.
+        order: `bottom_up` (the paper's best), `top_down`, or `listed`: as `blocks` has them.
+    """
+
+    kind: Literal["progressive"] = "progressive"
+    blocks: tuple[PositiveInt, ...] | None = None
+    width: Width | tuple[Width, ...] = 0.5
+    order: Literal["bottom_up", "top_down", "listed"] = "bottom_up"
+
+    @model_validator(mode="after")
+    def _no_block_twice(self) -> Self:
+        if self.blocks is not None and len(set(self.blocks)) != len(self.blocks):
+            raise ValueError(f"blocks: {list(self.blocks)} names a block twice")
+        return self
+
+    def expand(self, network: NetworkSpec | None) -> list[Block]:
+        """The stages it stands for, in order; `network` is the one they start with, if known.
+
+        Raises:
+            UserError: the blocks are not known, or the widths do not fit them.
+        """
+        blocks = self.blocks
+        if blocks is None:
+            if network is None:
+                raise UserError("blocks: the network is not known before it was pruned; list the blocks, as [1, 2, 3]")
+            blocks = tuple(range(1, len(network.blocks) + 1))
+        widths = self.width if isinstance(self.width, tuple) else (self.width,) * len(blocks)
+        if len(widths) != len(blocks):
+            raise UserError(f"width: {len(widths)} widths for {len(blocks)} blocks; give one number, or one per block")
+        pairs = list(zip(blocks, widths, strict=True))
+        if self.order != "listed":
+            pairs.sort(reverse=self.order == "top_down")
+        shared: dict[str, Any] = self.model_dump(
+            by_alias=False, exclude={"kind", "from_", "blocks", "width", "order"}
+        )
+        return [Block(**shared, block=block, width=width) for block, width in pairs]
+
+
+def _local_and_labels(
+    output: Tensor, logits: Tensor, target: Tensor, labels: Tensor, weight: float, reduction: Reduction
+) -> dict[str, Tensor]:
+    local, label = local_feature(output, target, reduction), cross_entropy(logits, labels)
+    return {"loss": weight * local + label, "local_loss": local, "label_loss": label}

@@ -1,0 +1,232 @@
+"""`prune`: remove whole channels of least importance, on Torch-Pruning's dependency graph (Fang et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, Self, cast
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from pbkd.data import DataInfo
+from pbkd.errors import UserError
+from pbkd.measure import count
+from pbkd.networks import BlockNetwork, NetworkSpec, on_meta, spec_of
+from pbkd.networks.block_network import ConvLayer, Residual
+from pbkd.networks.spec import BlockSpec, ConvSpec, PadShortcut, ResidualUnit, Unit, layers_of
+from pbkd.stages.base import Context, Role, Stage, Unplanned, same_task
+
+Criterion = Literal["l1", "group_norm", "bn_scale"]
+LARGEST_RATIO = 0.95
+SEARCH_STEPS = 200
+
+
+class Prune(Stage):
+    """Prune channels by `ratio`, or until the network has at most the share `macs` of its multiply-accumulates.
+
+    Attributes:
+        ratio: share of the channels each layer (or, with `ranking: global`, the network) loses.
+        macs: share of the multiply-accumulates that may be left; the smallest ratio that reaches it is taken.
+        criterion: `l1` (Li et al. 2017), `group_norm` (L2 norm of the whole coupled group), `bn_scale` (Liu et al. 2017).
+        ranking: `uniform`: every layer loses the same share; `global`: layers compete.
+        scope: `interior` keeps the interface of every block, so that its features can still be compared with the
+            teacher's; `all` prunes those channels too.
+        round_to: channels left are a multiple of it, for speed; layers not larger than it are left alone.
+        recalibrate_images: training images on which BatchNorm statistics are estimated anew; 0: not.
+    """
+
+    kind: Literal["prune"] = "prune"
+    ratio: Annotated[float, Field(gt=0.0, le=LARGEST_RATIO)] | None = None
+    macs: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    criterion: Criterion = "l1"
+    ranking: Literal["uniform", "global"] = "uniform"
+    scope: Literal["interior", "all"] = "interior"
+    round_to: PositiveInt = 8
+    recalibrate_images: NonNegativeInt = 512
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.ratio is None) == (self.macs is None):
+            raise ValueError("give either ratio (share of channels removed) or macs (share of MACs left)")
+        return self
+
+    def smoke(self) -> Self:
+        """Few images."""
+        return self.model_copy(update={"recalibrate_images": min(self.recalibrate_images, 32)})
+
+    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+        """The pruned architecture, where it does not depend on the weights."""
+        spec = same_task(inputs["from"], info, "the network to prune")
+        self._check(spec)
+        if self.ranking == "global" or self.scope == "all":
+            raise Unplanned("which layers lose channels depends on the weights")
+        return _narrowed(spec, self._uniform_ratio(spec), self.round_to)
+
+    def run(self, context: Context) -> BlockNetwork:
+        """Prune, then estimate BatchNorm statistics anew; both steps are judged on the validation split."""
+        given = context.inputs["from"]
+        self._check(given.spec)
+        context.metrics.update(_named(context.validate(given), "before"))
+        network = self._pruned(given.cpu())
+        context.metrics.update(_named(context.validate(network), "pruned"))
+        if self.recalibrate_images:
+            estimate_norms(network, context.images(self.recalibrate_images), context.data.settings.batch_size)
+        return network.eval().requires_grad_(False)
+
+    def _check(self, spec: NetworkSpec) -> None:
+        units = [unit for block in spec.blocks for unit in block.units]
+        if self.criterion == "bn_scale" and not any(layer.norm for unit in units for layer in layers_of(unit)):
+            raise UserError(f"criterion=bn_scale: {spec.arch} has no BatchNorm; use l1 or group_norm")
+        padded = any(isinstance(unit, ResidualUnit) and isinstance(unit.shortcut, PadShortcut) for unit in units)
+        if self.scope == "all" and padded:
+            raise UserError(
+                f"scope=all: {spec.arch} pads channels in its shortcuts (option A), which fixes them; use scope=interior, "
+                "or network.shortcut=B"
+            )
+
+    def _uniform_ratio(self, spec: NetworkSpec) -> float:
+        if self.ratio is not None:
+            return self.ratio
+        return self._smallest_ratio(_macs(spec), lambda ratio: _macs(_narrowed(spec, ratio, self.round_to)))
+
+    def _smallest_ratio(self, macs: int, macs_left: Callable[[float], int]) -> float:
+        assert self.macs is not None
+        low, high = 0, SEARCH_STEPS
+        reached = macs_left(LARGEST_RATIO)
+        if reached > self.macs * macs:
+            raise UserError(
+                f"macs={self.macs:g}: pruning with scope={self.scope}, round_to={self.round_to} can leave no less than "
+                f"{reached / macs:.3f} of the MACs; raise macs, or lower round_to"
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            if macs_left(LARGEST_RATIO * middle / SEARCH_STEPS) <= self.macs * macs:
+                high = middle
+            else:
+                low = middle
+        return LARGEST_RATIO * high / SEARCH_STEPS
+
+    def _pruned(self, given: BlockNetwork) -> BlockNetwork:
+        if self.ratio is not None:
+            return self._pruned_by(given, self.ratio)
+        if self.ranking == "uniform" and self.scope == "interior":
+            return self._pruned_by(given, self._uniform_ratio(given.spec))
+        ratio = self._smallest_ratio(_macs(given.spec), lambda ratio: _macs(self._pruned_by(given, ratio).spec))
+        return self._pruned_by(given, ratio)
+
+    def _pruned_by(self, given: BlockNetwork, ratio: float) -> BlockNetwork:
+        import torch_pruning
+
+        network = copy.deepcopy(given).eval().requires_grad_(True)  # the graph is traced through autograd
+        kept_interfaces = list(_interfaces(network)) if self.scope == "interior" else [_last_linear(network)]
+        graph = torch_pruning.DependencyGraph().build_dependency(network, torch.zeros(1, *given.spec.input_shape))
+        groups = list(
+            graph.get_all_groups(ignored_layers=kept_interfaces, root_module_types=[nn.Conv2d, nn.Linear])
+        )
+        scores = [cast(Tensor, self._importance(torch_pruning)(group)).detach() for group in groups]
+        for group, score, left in zip(groups, scores, self._channels_left(scores, ratio), strict=True):
+            if left < len(score):
+                weakest = score.argsort(stable=True)[: len(score) - left].sort().values.tolist()
+                root = group[0].dep
+                graph.get_pruning_group(root.target.module, root.handler, weakest).prune()
+        network.spec = spec_of(network)
+        return network.requires_grad_(False)
+
+    def _channels_left(self, scores: list[Tensor], ratio: float) -> list[int]:
+        if self.ranking == "uniform":
+            return [_left(len(score), ratio, self.round_to) for score in scores]
+        normalized = [score / score.mean().clamp_min(1e-12) for score in scores]
+        everything = torch.cat(normalized)
+        threshold = everything.sort().values[min(len(everything) - 1, int(ratio * len(everything)))]
+        shares = [float((score < threshold).double().mean()) for score in normalized]
+        return [_left(len(score), share, self.round_to) for score, share in zip(scores, shares, strict=True)]
+
+    def _importance(self, torch_pruning: Any) -> Callable[[Any], Any]:
+        importance = torch_pruning.importance
+        match self.criterion:
+            case "l1":
+                return cast(
+                    Callable[[Any], Any],
+                    importance.GroupMagnitudeImportance(p=1, group_reduction="first", normalizer=None),
+                )
+            case "group_norm":
+                return cast(Callable[[Any], Any], importance.GroupMagnitudeImportance(p=2, normalizer=None))
+            case "bn_scale":
+                return cast(Callable[[Any], Any], importance.BNScaleImportance(normalizer=None))
+
+
+@torch.no_grad()
+def estimate_norms(network: BlockNetwork, images: Tensor, batch_size: int) -> None:
+    """Estimate the BatchNorm statistics of `network`, in place, as the mean over batches of `images` (N, C, H, W)."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    network.to(images.device).eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean over the batches
+        norm.train()
+    for batch in images.split(batch_size):
+        if len(batch) > 1:
+            network(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+
+
+def _left(channels: int, ratio: float, round_to: int) -> int:
+    """Channels left of `channels`: the nearest multiple of `round_to`, never none."""
+    if channels <= round_to:
+        return channels
+    return min(channels, max(round_to, math.floor((1 - ratio) * channels / round_to + 0.5) * round_to))
+
+
+def _narrowed(spec: NetworkSpec, ratio: float, round_to: int) -> NetworkSpec:
+    """What uniform pruning of the interior leaves, from the spec alone."""
+
+    def path(layers: tuple[ConvSpec, ...]) -> tuple[ConvSpec, ...]:
+        channels, narrowed = layers[0].in_channels, []
+        for layer in layers:
+            left = layer.out_channels if layer is layers[-1] else _left(layer.out_channels, ratio, round_to)
+            narrowed.append(layer.model_copy(update={"in_channels": channels, "out_channels": left}))
+            channels = left
+        return tuple(narrowed)
+
+    def unit(given: Unit) -> Unit:
+        name = "branch" if isinstance(given, ResidualUnit) else "layers"
+        return given.model_copy(update={name: path(layers_of(given))})
+
+    first, *hidden, last = spec.classifier.widths
+    widths = (first, *(_left(width, ratio, round_to) for width in hidden), last)
+    return spec.model_copy(
+        update={
+            "blocks": tuple(BlockSpec(units=tuple(map(unit, block.units))) for block in spec.blocks),
+            "classifier": spec.classifier.model_copy(update={"widths": widths}),
+        }
+    )
+
+
+def _interfaces(network: BlockNetwork) -> Iterator[nn.Module]:
+    """The layers whose outputs are an interface: last of the stem and of every unit, shortcuts, the logits."""
+    yield from (layer.conv for layer in network.stem if isinstance(layer, ConvLayer))
+    for block in network.blocks:
+        for unit in block:
+            path = unit.branch if isinstance(unit, Residual) else unit
+            yield path[-1].conv
+            if isinstance(unit, Residual) and isinstance(unit.shortcut, ConvLayer):
+                yield unit.shortcut.conv
+    yield _last_linear(network)
+
+
+def _last_linear(network: BlockNetwork) -> nn.Module:
+    return [module for module in network.classifier if isinstance(module, nn.Linear)][-1]
+
+
+def _macs(spec: NetworkSpec) -> int:
+    return count(on_meta(spec), spec.input_shape).macs
+
+
+def _named(metrics: Mapping[str, float], moment: str) -> dict[str, float]:
+    return {f"{name}_{moment}": value for name, value in metrics.items()}

@@ -1,0 +1,56 @@
+"""Run one stage and measure what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pbkd.engine import Row
+from pbkd.measure import count, evaluate, nonzero_params
+from pbkd.networks import BlockNetwork
+from pbkd.stages.base import Context, Stage
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage leaves: its network on the CPU, what was measured, and the history of its training."""
+
+    network: BlockNetwork
+    metrics: dict[str, float]
+    history: list[Row]
+
+
+def run_stage(stage: Stage, context: Context) -> StageResult:
+    """Carry out `stage`; every rank calls it. Accuracy is the final one, in fp32, every sample counted once."""
+    network = stage.run(context)
+    device = context.session.device
+    network = network.to(device).eval().requires_grad_(False)
+    teacher = context.inputs.get("teacher")
+    metrics: dict[str, float] = dict(context.metrics)
+    splits = {"test": "test_", "val": "val_"} if context.data.sizes["val"] else {"test": "test_"}
+    for split, prefix in splits.items():
+        reader = context.reader(split)
+        try:
+            found = evaluate(
+                network,
+                reader,
+                teacher=teacher.to(device) if teacher is not None and split == "test" else None,
+                device=device,
+                reduce=context.session.sum,
+            )
+        finally:
+            reader.close()
+        metrics |= {f"{prefix}accuracy": found.top1, f"{prefix}top5": found.top5, f"{prefix}loss": found.loss}
+        if split == "test":
+            metrics["ece"] = found.ece
+            if found.agreement is not None and found.kl is not None:
+                metrics |= {"agreement": found.agreement, "kl": found.kl}
+    if teacher is None:
+        metrics["agreement"] = 100.0
+    cost = count(network, network.spec.input_shape)
+    metrics |= {"params": cost.params, "macs": cost.macs, "nonzero_params": nonzero_params(network)}
+    if teacher is not None:
+        original = count(teacher, teacher.spec.input_shape)
+        metrics |= {"macs_ratio": original.macs / cost.macs, "params_ratio": original.params / cost.params}
+    else:
+        metrics |= {"macs_ratio": 1.0, "params_ratio": 1.0}
+    return StageResult(network.cpu(), metrics, context.history)

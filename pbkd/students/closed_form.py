@@ -1,0 +1,119 @@
+"""Closed-form least squares for convolutions: the statistics of a regression, and its full or low-rank solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+ROWS_PER_CHUNK = 1 << 15
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Ridge regression of targets (R, O) on inputs (R, D): centred second moments, in float64."""
+
+    gram: Tensor  # (D, D)
+    cross: Tensor  # (D, O)
+    input_mean: Tensor  # (D,)
+    target_mean: Tensor  # (O,)
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Weights (D, O) and bias (O,); `ridge` is relative to the mean energy of the inputs."""
+        weights = self._solve(ridge)
+        return weights, self.target_mean - self.input_mean @ weights
+
+    def solve_low_rank(self, rank: int, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Reduced-rank regression (Izenman 1975): (D, r), (r, O) and bias (O,) of the best rank-r linear map.
+
+        The full solution is projected on the r directions that carry most of the predicted targets' energy.
+        """
+        weights = self._solve(ridge)
+        predicted = weights.T @ self.gram @ weights
+        directions = torch.linalg.eigh(predicted).eigenvectors[:, -rank:]
+        inner = weights @ directions
+        return inner, directions.T, self.target_mean - self.input_mean @ inner @ directions.T
+
+    def _solve(self, ridge: float) -> Tensor:
+        size = len(self.gram)
+        damping = ridge * self.gram.diagonal().mean().clamp_min(1e-12)
+        factor = torch.linalg.cholesky(self.gram + damping * torch.eye(size, dtype=torch.float64))
+        return torch.cholesky_solve(self.cross, factor)
+
+
+def regression(inputs: Tensor, targets: Tensor, conv: nn.Conv2d, max_rows: int, seed: int) -> Regression:
+    """Statistics of fitting `conv(inputs)` to `targets`.
+
+    Args:
+        inputs: (N, C, H, W), what the convolution gets.
+        targets: (N, O, H', W'), what it should give.
+        conv: its kernel, stride, padding and dilation are used, not its weights.
+        max_rows: at most so many output positions are used, evenly many of each image, chosen by `seed`.
+        seed: of that choice.
+    """
+    images, positions = len(inputs), targets.shape[2] * targets.shape[3]
+    dimension, outputs = inputs.shape[1] * conv.kernel_size[0] * conv.kernel_size[1], targets.shape[1]
+    per_image = min(positions, max(1, max_rows // images))
+    generator = torch.Generator().manual_seed(seed)
+    gram = torch.zeros(dimension, dimension, dtype=torch.float64)
+    cross = torch.zeros(dimension, outputs, dtype=torch.float64)
+    input_sum = torch.zeros(dimension, dtype=torch.float64)
+    target_sum = torch.zeros(outputs, dtype=torch.float64)
+    chunk = max(1, ROWS_PER_CHUNK // positions)
+    for start in range(0, images, chunk):
+        patches = nn.functional.unfold(
+            inputs[start : start + chunk].contiguous(),
+            conv.kernel_size,
+            conv.dilation,
+            conv.padding,  # type: ignore[arg-type]  # our convolutions never pad by name
+            conv.stride,
+        )
+        wanted = targets[start : start + chunk].flatten(2)
+        if per_image < positions:
+            chosen = torch.randperm(positions, generator=generator)[:per_image]
+            patches, wanted = patches[:, :, chosen], wanted[:, :, chosen]
+        rows = patches.transpose(1, 2).reshape(-1, dimension)
+        values = wanted.transpose(1, 2).reshape(-1, outputs)
+        gram += (rows.T @ rows).double()
+        cross += (rows.T @ values).double()
+        input_sum += rows.sum(0).double()
+        target_sum += values.sum(0).double()
+    count = images * per_image
+    input_mean, target_mean = input_sum / count, target_sum / count
+    return Regression(
+        gram=gram / count - torch.outer(input_mean, input_mean),
+        cross=cross / count - torch.outer(input_mean, target_mean),
+        input_mean=input_mean,
+        target_mean=target_mean,
+    )
+
+
+def explaining_channels(activations: Tensor, importance: Tensor, count: int) -> Tensor:
+    """The `count` channels that, chosen greedily, explain most of the weighted energy of all channels.
+
+    Column subset selection by pivoted Cholesky: each step takes the channel whose direction accounts for most of what
+    the channels chosen so far leave unexplained.
+
+    Args:
+        activations: (N, C, H, W), what the following layer sees.
+        importance: (C,), weight of each channel's energy, such as the norm of the following layer's filters for it.
+        count: how many channels to choose, at most C.
+
+    Returns:
+        Their indices, ascending, int64, shape (count,).
+    """
+    rows = activations.transpose(0, 1).flatten(1)
+    residual = (rows @ rows.T).double() / rows.shape[1]
+    weight = importance.double() ** 2
+    floor = 1e-9 * residual.diagonal().max().clamp_min(1e-30)
+    chosen: list[int] = []
+    for _ in range(count):
+        energy = residual.diagonal().clamp_min(floor)
+        gain = (residual**2 @ weight) / energy
+        gain[chosen] = -1.0
+        best = int(gain.argmax())
+        chosen.append(best)
+        column = residual[:, best].clone()
+        residual -= torch.outer(column, column) / energy[best]
+    return torch.tensor(sorted(chosen))

@@ -1,0 +1,168 @@
+"""The weights a student block starts with: fresh, inherited from the teacher, or solved in closed form.
+
+`least_squares` is pbkd's own (docs/method.md): layer by layer, the student's filters are regressed on the teacher's
+activations, given what the student really sees, so that each layer corrects the drift of those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from pbkd.networks.block_network import ConvLayer, Residual
+from pbkd.networks.weights import initialize_fresh
+from pbkd.students.closed_form import explaining_channels, regression
+
+Init = Literal["kaiming", "inherit", "least_squares"]
+MAX_ROWS = 1 << 17
+
+
+def initialize_kaiming(student: nn.Module, seed: int) -> None:
+    """Fresh weights (He et al. 2015), in place; numbers depend on `seed` and shapes alone."""
+    initialize_fresh(student, seed)
+
+
+def initialize_inherit(student: nn.Module, teacher: nn.Module, seed: int) -> None:
+    """Copy into the student, in place, the teacher's filters of largest L1 norm times BatchNorm gain.
+
+    The restoring 1x1 convolution passes the kept channels through and leaves the others zero.
+    """
+    initialize_fresh(student, seed)
+    for student_unit, teacher_unit in zip(student.children(), teacher.children(), strict=True):
+        _inherit_shortcut(student_unit, teacher_unit)
+        given, (*inner, projection) = _path(teacher_unit), _path(student_unit)
+        kept: Tensor | None = None
+        for old, new in zip(given, inner, strict=False):
+            kept = _inherit_layer(new, old, kept)
+        if len(given) > len(inner):  # a bottleneck's own last 1x1 convolution restores the channels
+            _inherit_layer(projection, given[-1], kept)
+        elif kept is not None:
+            with torch.no_grad():
+                projection.conv.weight.zero_()
+                projection.conv.weight[kept, torch.arange(len(kept)), 0, 0] = 1.0
+
+
+@torch.no_grad()
+def initialize_least_squares(
+    student: nn.Module, teacher: nn.Module, student_input: Tensor, teacher_input: Tensor, seed: int, ridge: float = 1e-3
+) -> None:
+    """Solve the student block's weights in closed form, in place, so that it gives the teacher's feature.
+
+    Args:
+        student: the student block; what is not solved (its shortcuts) is copied from the teacher.
+        teacher: the block it replaces, in eval mode.
+        student_input: (N, C, H, W), what the student block gets from the student prefix.
+        teacher_input: (N, C, H, W), what the block gets in the original teacher, for the same images.
+        seed: of the positions that are used where there are more than enough.
+        ridge: relative damping of each regression.
+    """
+    student.eval()
+    for number, (student_unit, teacher_unit) in enumerate(zip(student.children(), teacher.children(), strict=True)):
+        _inherit_shortcut(student_unit, teacher_unit)
+        if isinstance(teacher_unit, Residual):
+            sums = teacher_unit.branch(teacher_input) + teacher_unit.shortcut(teacher_input)
+            target = sums - cast(Residual, student_unit).shortcut(student_input)
+        else:
+            target = teacher_unit(teacher_input)
+        _solve_path(_path(student_unit), _path(teacher_unit), student_input, teacher_input, target, seed + number, ridge)
+        student_input, teacher_input = student_unit(student_input), teacher_unit(teacher_input)
+
+
+def _solve_path(
+    student: Sequence[ConvLayer],
+    teacher: Sequence[ConvLayer],
+    student_input: Tensor,
+    teacher_input: Tensor,
+    target: Tensor,
+    seed: int,
+    ridge: float,
+) -> None:
+    """Solve the layers of one path; the last, a 1x1 convolution, against `target`."""
+    *layers, projection = student
+    for position, (new, old) in enumerate(zip(layers, teacher, strict=False)):
+        if new is layers[-1] and not hasattr(new, "relu"):
+            _solve_last_two(new, projection, student_input, target, seed, ridge)
+            return
+        teacher_input = _without_relu(old, teacher_input)
+        following = teacher[position + 1] if position + 1 < len(teacher) else None
+        activation = teacher_input.relu() if hasattr(old, "relu") else teacher_input
+        importance = (
+            torch.ones(old.conv.out_channels)
+            if following is None
+            else following.conv.weight.pow(2).sum((0, 2, 3)).sqrt()
+        )
+        kept = explaining_channels(activation, importance, new.conv.out_channels)
+        weights, bias = regression(student_input, teacher_input[:, kept], new.conv, MAX_ROWS, seed).solve(ridge)
+        _set_layer(new, weights, bias, student_input)
+        student_input, teacher_input = new(student_input), activation
+    weights, bias = regression(student_input, target, projection.conv, MAX_ROWS, seed).solve(ridge)
+    _set_layer(projection, weights, bias, student_input)
+
+
+def _solve_last_two(
+    layer: ConvLayer, projection: ConvLayer, inputs: Tensor, target: Tensor, seed: int, ridge: float
+) -> None:
+    """A convolution and the 1x1 behind it with no ReLU between are one low-rank map: solve them together."""
+    rank = layer.conv.out_channels
+    inner, outer, bias = regression(inputs, target, layer.conv, MAX_ROWS, seed).solve_low_rank(rank, ridge)
+    _set_layer(layer, inner, torch.zeros(rank, dtype=torch.float64), inputs)
+    _set_layer(projection, outer, bias, layer(inputs))
+
+
+def _set_layer(layer: ConvLayer, weights: Tensor, bias: Tensor, inputs: Tensor) -> None:
+    """Make `layer` compute conv(x) + bias; a BatchNorm in it gets the statistics of `inputs` and undoes itself."""
+    conv = layer.conv
+    conv.weight.copy_(weights.T.reshape(conv.weight.shape))
+    if not hasattr(layer, "norm"):
+        conv.bias.copy_(bias)
+        return
+    if conv.bias is not None:
+        conv.bias.zero_()
+    norm, outputs = layer.norm, conv(inputs)
+    variance, mean = torch.var_mean(outputs, (0, 2, 3), correction=0)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    norm.weight.copy_((variance + norm.eps).sqrt())
+    norm.bias.copy_(mean + bias)
+
+
+def _without_relu(layer: ConvLayer, x: Tensor) -> Tensor:
+    x = layer.conv(x)
+    return layer.norm(x) if hasattr(layer, "norm") else x
+
+
+def _path(unit: nn.Module) -> list[ConvLayer]:
+    path = unit.branch if isinstance(unit, Residual) else unit
+    return cast(list[ConvLayer], list(path.children()))
+
+
+@torch.no_grad()
+def _inherit_shortcut(student: nn.Module, teacher: nn.Module) -> None:
+    if isinstance(student, Residual) and isinstance(teacher, Residual):
+        student.shortcut.load_state_dict(teacher.shortcut.state_dict())
+
+
+@torch.no_grad()
+def _inherit_layer(new: ConvLayer, old: ConvLayer, inputs: Tensor | None) -> Tensor:
+    """Copy the strongest filters of `old`, reduced to the input channels `inputs`; their indices, ascending."""
+    strength = old.conv.weight.abs().sum((1, 2, 3))
+    if hasattr(old, "norm"):
+        strength = strength * old.norm.weight.abs()
+    kept = strength.topk(new.conv.out_channels).indices.sort().values
+    weight = old.conv.weight[kept]
+    new.conv.weight.copy_(weight if inputs is None else weight[:, inputs])
+    if hasattr(new, "norm"):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(new.norm, name).copy_(getattr(old.norm, name)[kept])
+        if new.conv.bias is not None and old.conv.bias is not None:
+            new.conv.bias.copy_(old.conv.bias[kept])
+    elif hasattr(old, "norm"):  # the student's layer has a bias where the teacher's has a BatchNorm
+        gain = old.norm.weight / (old.norm.running_var + old.norm.eps).sqrt()
+        new.conv.weight.mul_(gain[kept].reshape(-1, 1, 1, 1))
+        new.conv.bias.copy_((old.norm.bias - old.norm.running_mean * gain)[kept])
+    else:
+        new.conv.bias.copy_(old.conv.bias[kept])
+    return kept
