@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ class Journal:
         self.path = path
 
     def append(self, record: Record) -> None:
-        """Add `record` as one line by one write. Everything but progress is made to survive a power cut."""
-        line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        """Add `record`, with the `time` if it has none, as one line by one write.
+
+        Everything but progress is made to survive a power cut.
+        """
+        line = json.dumps({"time": time.time()} | record, separators=(",", ":")).encode() + b"\n"
         descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             if _is_torn(descriptor):

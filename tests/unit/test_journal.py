@@ -15,19 +15,24 @@ def journal(tmp_path: Path) -> Journal:
 
 def test_reads_what_was_appended_and_goes_on_from_the_offset(journal: Journal) -> None:
     assert journal.read() == ([], 0)
-    journal.append({"type": "started", "name": "größe"})
+    journal.append({"type": "started", "name": "größe", "time": 1.5})
     records, offset = journal.read()
-    assert records == [{"type": "started", "name": "größe"}]
-    journal.append({"type": "progress", "row": {"step": 1}})
-    assert journal.read(offset)[0] == [{"type": "progress", "row": {"step": 1}}]
+    assert records == [{"type": "started", "name": "größe", "time": 1.5}]
+    journal.append({"type": "progress", "row": {"step": 1}, "time": 2.5})
+    assert journal.read(offset)[0] == [{"type": "progress", "row": {"step": 1}, "time": 2.5}]
+
+
+def test_a_record_gets_the_time_it_does_not_have(journal: Journal) -> None:
+    journal.append({"type": "ended"})
+    assert isinstance(journal.read()[0][0]["time"], float)
 
 
 def test_an_unfinished_last_line_is_left_for_later(journal: Journal) -> None:
-    journal.append({"a": 1})
+    journal.append({"a": 1, "time": 0})
     with journal.path.open("ab") as file:
         file.write(b'{"b": ')
     records, offset = journal.read()
-    assert records == [{"a": 1}]
+    assert records == [{"a": 1, "time": 0}]
     with journal.path.open("ab") as file:
         file.write(b"2}\n")
     assert journal.read(offset)[0] == [{"b": 2}]
@@ -36,10 +41,10 @@ def test_an_unfinished_last_line_is_left_for_later(journal: Journal) -> None:
 def test_a_line_torn_by_a_crash_does_not_take_the_next_one_with_it(
     journal: Journal, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal.append({"a": 1})
+    journal.append({"a": 1, "time": 0})
     with journal.path.open("ab") as file:
         file.write(b'{"b": ')
-    journal.append({"c": 3})
+    journal.append({"c": 3, "time": 0})
     with caplog.at_level(logging.WARNING):
-        assert journal.read()[0] == [{"a": 1}, {"c": 3}]
+        assert journal.read()[0] == [{"a": 1, "time": 0}, {"c": 3, "time": 0}]
     assert "torn" in caplog.text
