@@ -1,0 +1,160 @@
+"""One pipeline's journal, written to MLflow: its run, its stages' runs, the registry.
+
+Everything is looked up before it is made: writing a journal again, from its beginning, changes nothing.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from pipelines.journal import Record
+from pipelines.registry import register
+from pipelines.stage_runs import StageRuns, final_metrics, flatten, log_run
+from pipelines.store import Store
+from pipelines.views import EXPERIMENT_TAGS, HEADLINE, headline_params
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+log = logging.getLogger(__name__)
+
+RUN_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+
+
+class Projection:
+    """Writes the records of one pipeline in their order. After a failure it is dropped for a new one."""
+
+    def __init__(self, client: "MlflowClient", store: Store, artifact_location: str | None) -> None:
+        """`artifact_location` is for a new experiment; None lets the server choose."""
+        self._client = client
+        self._store = store
+        self._artifact_location = artifact_location
+        self._pipeline: Record = {}
+        self._stages: StageRuns
+        self._run: Run
+
+    def apply(self, records: Iterable[Record]) -> None:
+        """Write `records`; progress is gathered, calls to MLflow being slow."""
+        for record in records:
+            kind = record.get("type")
+            if kind == "pipeline":
+                self._begin(record)
+            elif not self._pipeline:
+                log.warning("the journal does not begin with its pipeline: skipped %s", kind)
+            elif kind == "started":
+                self._started(record)
+            elif kind == "progress":
+                self._stages.add_row(record["key"], record["row"])
+            elif kind == "finished":
+                self._finished(record)
+            elif kind == "latency":
+                self._latency(record)
+            elif kind == "ended":
+                self._ended(record)
+        if self._pipeline:
+            self._stages.write_rows()
+
+    def ids(self) -> dict[str, Any]:
+        """Return what `tracking.json` keeps, for those who look a run up without MLflow."""
+        if not self._pipeline:
+            return {"stages": {}}
+        info = self._run.info
+        return {
+            "pipeline_run": info.run_id,
+            "experiment_id": info.experiment_id,
+            "stages": self._stages.ids(),
+        }
+
+    def _begin(self, record: Record) -> None:
+        experiment_id = self._experiment(record["name"])
+        found = self._client.search_runs(
+            [experiment_id], f"tags.`pbkd.pipeline` = '{record['id']}'", max_results=1
+        )
+        if found:
+            self._run = found[0]
+        else:
+            tags = {
+                "pbkd.pipeline": record["id"],
+                "pbkd.role": "pipeline",
+                "pbkd.store": str(self._store.root),
+                "mlflow.source.name": f"pbkd run {record['name']}",
+            }
+            name = f"{record['name']} {record['id'][:8]}"
+            self._run = self._client.create_run(experiment_id, _milliseconds(record), tags, name)
+        facts = {name: record.get(name) for name in ("teacher", "student", "baselines")}
+        log_run(self._client, self._run.info.run_id, params={"recipe": record["name"]} | flatten(facts))
+        data = (record.get("recipe") or {}).get("data") or {}
+        self._stages = StageRuns(
+            self._client, self._store, self._run, record["name"], str(data.get("name", "data"))
+        )
+        self._pipeline = record
+
+    def _started(self, record: Record) -> None:
+        self._name(record)
+        settings = flatten(record.get("params") or {})
+        self._stages.start(record["key"], record["kind"], _milliseconds(record), settings)
+
+    def _finished(self, record: Record) -> None:
+        role = self._name(record)
+        manifest = self._store.manifest(record["key"])
+        if manifest is None:
+            log.warning("stage %s is finished but its manifest is gone: left out of MLflow", record["name"])
+            return
+        stage, run_id = self._stages.complete(manifest), self._run.info.run_id
+        metrics, params = {}, {}
+        if role == "student":
+            metrics = {name: manifest.metrics.get(name) for name in HEADLINE}
+            metrics["accuracy"] = manifest.metrics.get("test_accuracy")
+            params = headline_params(manifest, record["name"])
+        elif role == "teacher":
+            metrics = {"teacher_accuracy": manifest.metrics.get("test_accuracy")}
+        tags = {f"pbkd.stage.{record['name']}": stage.run_id}
+        log_run(self._client, run_id, final_metrics(metrics, manifest), params, tags)
+        if role in ("student", "baseline"):
+            assert stage.model_id is not None, "a complete stage has a model"
+            register(self._client, self._pipeline["name"], role, manifest, stage.run_id, stage.model_id)
+
+    def _latency(self, record: Record) -> None:
+        if record.get("milliseconds") is not None:
+            self._stages.write_latency(record["key"], float(record["milliseconds"]), _milliseconds(record))
+
+    def _ended(self, record: Record) -> None:
+        status = RUN_STATUS[record["status"]]
+        self._stages.write_rows()
+        self._stages.end_unfinished("FAILED" if status == "FAILED" else "KILLED", _milliseconds(record))
+        self._client.set_terminated(self._run.info.run_id, status, _milliseconds(record))
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return self._client.create_experiment(name, self._artifact_location, EXPERIMENT_TAGS)
+            except MlflowException as error:
+                experiment = self._client.get_experiment_by_name(name)  # another node was faster
+                if experiment is None:
+                    raise error
+        if experiment.lifecycle_stage == "deleted":
+            self._client.restore_experiment(experiment.experiment_id)
+        for tag, value in EXPERIMENT_TAGS.items():
+            if tag not in experiment.tags:
+                self._client.set_experiment_tag(experiment.experiment_id, tag, value)
+        return str(experiment.experiment_id)
+
+    def _name(self, record: Record) -> str:
+        """Tell the stages what the recipe calls a key; return the part it plays there."""
+        name, key = record["name"], record["key"]
+        if name == self._pipeline.get("student"):
+            role = "student"
+        elif name == self._pipeline.get("teacher"):
+            role = "teacher"
+        else:
+            role = "baseline" if name in (self._pipeline.get("baselines") or []) else "stage"
+        self._stages.names[key], self._stages.roles[key] = name, role
+        return role
+
+
+def _milliseconds(record: Record) -> int:
+    return int(float(record["time"]) * 1000)

@@ -1,0 +1,304 @@
+"""The runs of a pipeline's stages: found or made, filled from manifests, linked to data and models."""
+
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipelines.store import Manifest, Store
+from pipelines.views import headline_params
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+log = logging.getLogger(__name__)
+
+NOT_METRICS = {"time", "step", "epoch"}
+DIGEST_LENGTH = 36  # what MLflow keeps of a data set's digest; the whole of it is in the run's tags
+
+
+@dataclass
+class StageRun:
+    """A stage's run in MLflow, as far as it is known to be written."""
+
+    run_id: str
+    experiment_id: str
+    status: str
+    model_id: str | None = None
+    params: set[str] = field(default_factory=set)
+    metrics: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, set[int]] = field(default_factory=dict)
+    has_inputs: bool = False
+
+    @classmethod
+    def of(cls, run: "Run") -> "StageRun":
+        """Describe a run that was found."""
+        outputs = run.outputs.model_outputs if run.outputs else []
+        return cls(
+            run.info.run_id,
+            run.info.experiment_id,
+            run.info.status,
+            outputs[0].model_id if outputs else None,
+            set(run.data.params),
+            dict(run.data.metrics),
+            has_inputs=bool(run.inputs and (run.inputs.dataset_inputs or run.inputs.model_inputs)),
+        )
+
+
+class StageRuns:
+    """The runs of the stages of one pipeline, by stage key.
+
+    A key has one run in the whole of an MLflow: that of the pipeline that came first; the others link it.
+    """
+
+    def __init__(
+        self, client: "MlflowClient", store: Store, parent: "Run", recipe: str, data_name: str
+    ) -> None:
+        """`parent` is the pipeline's run; `data_name` is what to call the data set."""
+        self._client = client
+        self._store = store
+        self._parent = parent
+        self._recipe = recipe
+        self._data_name = data_name
+        self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.runs: dict[str, StageRun] = {}
+        self.names: dict[str, str] = {}
+        self.roles: dict[str, str] = {}
+        children = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        for run in client.search_runs([parent.info.experiment_id], children, max_results=1000):
+            self.runs[run.data.tags["pbkd.stage_key"]] = StageRun.of(run)
+
+    def ids(self) -> dict[str, dict[str, str | None]]:
+        """Return the ids of run and model of every stage, by key."""
+        return {key: {"run_id": stage.run_id, "model_id": stage.model_id} for key, stage in self.runs.items()}
+
+    def add_row(self, key: str, row: dict[str, Any]) -> None:
+        """Keep a row of progress until `write_rows`: a call to MLflow is slow."""
+        self._rows[key].append(row)
+
+    def start(self, key: str, kind: str, moment: int, settings: dict[str, str]) -> None:
+        """See that the stage has a run, and that it is running; it may have failed in an earlier pipeline."""
+        stage = self.open(key, kind, moment, settings)
+        if stage.status in ("FAILED", "KILLED"):
+            self._client.update_run(stage.run_id, status="RUNNING")
+            stage.status = "RUNNING"
+
+    def write_latency(self, key: str, milliseconds: float, moment: int) -> None:
+        """Write what was measured for a stage's network, unless it is what MLflow has."""
+        from mlflow.entities import Metric
+
+        stage = self.runs.get(key)
+        if stage is not None and stage.metrics.get("latency_ms") != milliseconds:
+            log_run(self._client, stage.run_id, [Metric("latency_ms", milliseconds, moment, 0)])
+            stage.metrics["latency_ms"] = milliseconds
+
+    def end_unfinished(self, status: str, moment: int) -> None:
+        """Give `status` to the runs of stages that were running when the pipeline ended."""
+        for stage in self.runs.values():
+            if stage.status == "RUNNING":
+                stage.status = status
+                self._client.set_terminated(stage.run_id, status, moment)
+
+    def write_rows(self) -> None:
+        """Write the rows of all stages."""
+        for key in list(self._rows):
+            self._write_progress(key)
+
+    def open(self, key: str, kind: str, started: int, params: dict[str, str]) -> StageRun:
+        """Return the stage's run: known, found in any experiment of ours, or made, a child of the parent."""
+        if key in self.runs:
+            stage = self.runs[key]
+        elif (found := self._find(key)) is not None:
+            stage = self.runs[key] = StageRun.of(found)
+        else:
+            name = self.names.get(key, kind)
+            tags = {"mlflow.parentRunId": self._parent.info.run_id, "pbkd.stage_key": key, "pbkd.kind": kind}
+            tags |= {
+                "pbkd.role": self.roles.get(key, "stage"),
+                "mlflow.source.name": f"pbkd run {self._recipe}",
+            }
+            run = self._client.create_run(self._parent.info.experiment_id, started, tags, run_name=name)
+            stage = self.runs[key] = StageRun.of(run)
+        missing = {name: value for name, value in params.items() if name not in stage.params}
+        if missing:
+            log_run(self._client, stage.run_id, params=missing)
+            stage.params |= set(missing)
+        return stage
+
+    def complete(self, manifest: Manifest) -> StageRun:
+        """Write all that the manifest says, and end the run: FINISHED, set last, means that all is there."""
+        from mlflow.entities import LoggedModelOutput
+
+        created = int(manifest.created * 1000)
+        params = flatten(manifest.settings) | {"seed": str(manifest.seed)}
+        params |= {f"compute.{name}": value for name, value in flatten(manifest.compute).items()}
+        params |= headline_params(manifest, self.names.get(manifest.key, manifest.kind))
+        known = self.runs.get(manifest.key)
+        if known is not None and known.status == "FINISHED":
+            return known
+        stage = self.open(manifest.key, manifest.kind, created - int(manifest.seconds * 1000), params)
+        if stage.status == "FINISHED":
+            return stage
+        self._rows[manifest.key] += manifest.history
+        self._write_progress(manifest.key)
+        inputs = self._write_inputs(stage, manifest)
+        if stage.model_id is None:
+            stage.model_id = self._model(stage, manifest)
+            self._client.log_outputs(stage.run_id, [LoggedModelOutput(stage.model_id, 0)])
+        metrics = manifest.metrics | {"accuracy": manifest.metrics.get("test_accuracy")}
+        metrics["seconds"] = manifest.seconds
+        log_run(
+            self._client,
+            stage.run_id,
+            final_metrics(metrics, manifest, stage.model_id),
+            tags=inputs | _provenance(manifest, stage),
+        )
+        stage.metrics |= {name: float(value) for name, value in manifest.metrics.items() if value is not None}
+        self._client.set_terminated(stage.run_id, "FINISHED", created)
+        stage.status = "FINISHED"
+        return stage
+
+    def _find(self, key: str) -> "Run | None":
+        experiments = self._client.search_experiments(filter_string="tags.`pbkd.experiment` = 'true'")
+        ids = [experiment.experiment_id for experiment in experiments]
+        # The first one made: a run keeps its parent, and all pipelines link the same one.
+        found = self._client.search_runs(
+            ids, f"tags.`pbkd.stage_key` = '{key}'", max_results=1, order_by=["attributes.start_time ASC"]
+        )
+        return found[0] if found else None
+
+    def _write_inputs(self, stage: StageRun, manifest: Manifest) -> dict[str, str]:
+        """Link the data set and the models the stage was made from; return tags that say each one's role."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+
+        tags: dict[str, list[str]] = defaultdict(list)
+        models: list[LoggedModelInput] = []
+        for given in manifest.inputs:
+            source = self.runs.get(given.key)
+            if source is None or source.model_id is None:
+                before = self._store.manifest(given.key)
+                if before is None:
+                    log.warning("stage %s: the manifest of its input is gone: not linked", manifest.key[:12])
+                    continue
+                source = self.complete(before)
+            if source.model_id not in [model.model_id for model in models]:
+                models.append(LoggedModelInput(str(source.model_id)))
+            tags[f"pbkd.input.{given.role}"].append(str(source.model_id))
+            if given.role == "from":
+                tags["pbkd.parent_run"].append(source.run_id)
+        datasets = []
+        if manifest.data_digest:
+            source_json = json.dumps({"sha256": manifest.data_digest})
+            dataset = Dataset(self._data_name, manifest.data_digest[:DIGEST_LENGTH], "pbkd", source_json)
+            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "training")]))
+        if not stage.has_inputs and (datasets or models):
+            self._client.log_inputs(stage.run_id, datasets, models)
+            stage.has_inputs = True
+        return {name: ", ".join(values) for name, values in tags.items()}
+
+    def _model(self, stage: StageRun, manifest: Manifest) -> str:
+        name = self.names.get(manifest.key, manifest.kind)
+        found = self._client.search_logged_models(
+            [stage.experiment_id], f"tags.`pbkd.stage_key` = '{manifest.key}'", max_results=1
+        )
+        if found:
+            return str(found[0].model_id)
+        model = self._client.create_logged_model(
+            stage.experiment_id,
+            name=name,
+            source_run_id=stage.run_id,
+            tags={
+                "mlflow.model.isExternal": "true",
+                "pbkd.artifact": str(self._store.artifact(manifest.artifact)),
+                "pbkd.stage_key": manifest.key,
+                "pbkd.weights_digest": manifest.digest,
+                "pbkd.kind": manifest.kind,
+            },
+            params=headline_params(manifest, name),
+            model_type="network",
+        )
+        self._client.finalize_logged_model(model.model_id, "READY")
+        return str(model.model_id)
+
+    def _write_progress(self, key: str) -> None:
+        """Write the rows gathered for a stage; of two of one step, as after a resumption, the first stays."""
+        from mlflow.entities import Metric
+
+        stage, metrics = self.runs.get(key), []
+        for row in self._rows.pop(key, []):
+            if stage is None or stage.status == "FINISHED":
+                return
+            step, moment = int(row["step"]), int(float(row["time"]) * 1000)
+            for name, value in row.items():
+                if name in NOT_METRICS or not isinstance(value, int | float):
+                    continue
+                if name not in stage.steps:
+                    found = name in stage.metrics
+                    history = self._client.get_metric_history(stage.run_id, name) if found else []
+                    stage.steps[name] = {metric.step for metric in history}
+                if step not in stage.steps[name]:
+                    stage.steps[name].add(step)
+                    metrics.append(Metric(name, float(value), moment, step))
+        if stage is not None and metrics:
+            log_run(self._client, stage.run_id, metrics)
+
+
+def log_run(
+    client: "MlflowClient",
+    run_id: str,
+    metrics: Iterable["Metric"] = (),
+    params: dict[str, str] | None = None,
+    tags: dict[str, str] | None = None,
+) -> None:
+    """Write all of it by one call (for each thousand metrics)."""
+    from mlflow.entities import Param, RunTag
+
+    client.log_batch(
+        run_id,
+        list(metrics),
+        [Param(name, value) for name, value in (params or {}).items()],
+        [RunTag(name, value) for name, value in (tags or {}).items()],
+    )
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Turn nested settings into parameters: names joined by dots, lists as JSON, what is not set left out."""
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        elif value is not None:
+            is_plain = isinstance(value, str)
+            flat[prefix + name] = value if is_plain else json.dumps(value, separators=(",", ":"), default=str)
+    return flat
+
+
+def final_metrics(
+    values: dict[str, float | int | None], manifest: Manifest, model_id: str | None = None
+) -> list["Metric"]:
+    """Give final values the manifest's own time and last step, so that writing them again adds nothing."""
+    from mlflow.entities import Metric
+
+    step = max((int(row["step"] or 0) for row in manifest.history), default=0)
+    moment = int(manifest.created * 1000)
+    return [
+        Metric(name, float(value), moment, step, model_id=model_id)
+        for name, value in values.items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def _provenance(manifest: Manifest, stage: StageRun) -> dict[str, str]:
+    tags = {
+        "pbkd.artifact": manifest.artifact,
+        "pbkd.weights_digest": manifest.digest,
+        "pbkd.data_digest": manifest.data_digest or "",
+        "pbkd.model": str(stage.model_id),
+        "pbkd.versions": json.dumps(manifest.versions),
+        "pbkd.machine": json.dumps(manifest.machine),
+    }
+    return tags | ({"mlflow.source.git.commit": manifest.git} if manifest.git else {})
