@@ -70,7 +70,9 @@ def read(folder: Path) -> Artifact:
         spec = NetworkSpec.model_validate(description["network"])
         return Artifact(folder, description["digest"], description["weights_digest"], spec)
     except OSError as error:
-        raise UserError(f"{path}: no artifact here ({error.strerror}); give a folder that pbkd wrote") from error
+        raise UserError(
+            f"{path}: no artifact here ({error.strerror}); give a folder that pbkd wrote"
+        ) from error
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         raise UserError(f"{path}: not a pbkd architecture spec; the file was edited or damaged") from error
 
@@ -91,8 +93,12 @@ def load(folder: Path) -> BlockNetwork:
     network.eval().requires_grad_(False)
     stored = torch.tensor(json.loads((folder / "spec.json").read_text())["probe"])
     found = torch.tensor(_probe(network))
-    if not torch.allclose(found, stored, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(stored.abs().max())):
-        raise UserError(f"{folder}: the network does not compute what it did when it was saved; use its pbkd version")
+    if not torch.allclose(
+        found, stored, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(stored.abs().max())
+    ):
+        raise UserError(
+            f"{folder}: the network does not compute what it did when it was saved; use its pbkd version"
+        )
     return network
 
 
@@ -103,11 +109,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         UserError: the file is missing or is no safetensors file.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such weights file; give a .safetensors file, absolute or relative to here")
+        raise UserError(
+            f"{path}: no such weights file; give a .safetensors file, absolute or relative to here"
+        )
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({error}); it is damaged or another format") from error
+        raise UserError(
+            f"{path}: cannot be read as safetensors ({error}); it is damaged or another format"
+        ) from error
 
 
 @torch.inference_mode()

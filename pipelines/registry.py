@@ -57,11 +57,11 @@ def register(
 
 
 def _tags(manifest: Manifest, role: str) -> dict[str, str]:
-    tags = {"pbkd.artifact": manifest.artifact, "pbkd.stage_key": manifest.key, "pbkd.role": role}
+    tags = {"pbkd.role": role}
     for name in ("test_accuracy", "val_accuracy", "macs", "params"):
         if (value := manifest.metrics.get(name)) is not None:
             tags[name] = str(value)
-    return tags
+    return tags | {"pbkd.stage_key": manifest.key, "pbkd.artifact": manifest.artifact}
 
 
 def _merit(version: "ModelVersion") -> tuple[float, float]:

@@ -93,7 +93,11 @@ class StageRuns:
 
         stage = self.runs.get(key)
         if stage is not None and stage.metrics.get("latency_ms") != milliseconds:
-            log_run(self._client, stage.run_id, [Metric("latency_ms", milliseconds, moment, 0)])
+            log_run(
+                self._client,
+                stage.run_id,
+                [Metric("latency_ms", milliseconds, moment, 0, model_id=stage.model_id)],
+            )
             stage.metrics["latency_ms"] = milliseconds
 
     def end_unfinished(self, status: str, moment: int) -> None:
@@ -233,7 +237,8 @@ class StageRuns:
             if stage is None or stage.status == "FINISHED":
                 return
             step, moment = int(row["step"]), int(float(row["time"]) * 1000)
-            for name, value in row.items():
+            # Accuracy first: the compare page begins with the first metric that all its runs have.
+            for name, value in sorted(row.items(), key=lambda item: "accuracy" not in item[0]):
                 if name in NOT_METRICS or not isinstance(value, int | float):
                     continue
                 if name not in stage.steps:

@@ -3,16 +3,88 @@
 The compare page puts the first parameter, in ASCII order, on its x axis and the first metric on its y axis;
 its parallel coordinates show the first three parameters that differ and the first metric. So the facts of the
 network are logged as parameters with capital letters, and the test accuracy a second time as `accuracy`.
+
+The runs page has saved views, kept as tags of the experiment; ours gives it columns and charts. `pbkd ui`
+links it.
 """
+
+import base64
+import json
+import zlib
+from typing import Any
+from urllib.parse import quote
 
 from pipelines.store import Manifest
 
 HEADLINE = ("test_accuracy", "val_accuracy", "macs", "params", "macs_ratio", "params_ratio")
 
-EXPERIMENT_TAGS = {"pbkd.experiment": "true"}
+VIEW = "pbkd-accuracy-macs"
+COLUMNS = ("test_accuracy", "macs", "macs_ratio", "params_ratio", "latency_ms", "agreement", "val_accuracy")
 
 
 def headline_params(manifest: Manifest, name: str) -> dict[str, str]:
     """Return the parameters that come first everywhere: what the network costs, and the stage's name."""
     facts = {"MACs": manifest.metrics.get("macs"), "Parameters": manifest.metrics.get("params")}
     return {fact: str(value) for fact, value in facts.items() if value is not None} | {"Stage": name}
+
+
+def view_url(server: str, experiment_id: str, charts: bool) -> str:
+    """Return the address of the runs page in our view: the charts, or the table."""
+    mode = "CHART" if charts else "TABLE"
+    return f"{server}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&compareRunsMode={mode}"
+
+
+def compare_url(server: str, experiment_id: str, run_ids: list[str]) -> str:
+    """Return the address of the page that compares `run_ids`."""
+    runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
+    return f"{server}/#/compare-runs?runs={runs}&experiments={experiments}"
+
+
+def _chart(kind: str, section: str, **settings: Any) -> dict[str, Any]:
+    chart = {
+        "uuid": f"{section}-{kind}-{settings.get('metricKey')}",
+        "type": kind,
+        "metricSectionId": section,
+    }
+    return chart | {"runsCountToCompare": 100, "deleted": False, "isGenerated": False} | settings
+
+
+def _view() -> str:
+    """Return the state of the runs page, in the form the UI of MLflow 3.17 itself writes for a saved view."""
+    columns = ["tags.`pbkd.role`", *(f"metrics.`{name}`" for name in COLUMNS)]
+    axes = {"xaxis": {"key": "macs", "type": "METRIC"}, "yaxis": {"key": "test_accuracy", "type": "METRIC"}}
+    parallel = {"selectedParams": ["Stage"], "selectedMetrics": ["macs", "params", "test_accuracy"]}
+    section = {"display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+    state = {
+        "searchFilter": "tags.`pbkd.role` != 'pipeline'",
+        "orderByKey": "metrics.`macs`",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": columns,
+        "columnOrder": columns,
+        "columnWidths": {},
+        "runsHiddenMode": "SHOW_ALL",
+        "isAccordionReordered": True,
+        "compareRunSections": [
+            section | {"uuid": "trade", "name": "Accuracy against MACs", "columns": 2, "cardHeight": 400},
+            section | {"uuid": "stages", "name": "The stages", "columns": 2},
+        ],
+        "compareRunCharts": [
+            _chart("SCATTER", "trade", **axes),
+            _chart("PARALLEL", "trade", showAllRuns=True, **parallel),
+            _chart("BAR", "stages", metricKey="test_accuracy"),
+            _chart("BAR", "stages", metricKey="macs_ratio"),
+        ],
+    }
+    packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
+    return json.dumps({"name": "Accuracy against MACs", "createdAt": 0, "updatedAt": 0, "state": packed})
+
+
+EXPERIMENT_TAGS = {
+    "pbkd.experiment": "true",
+    "mlflow.experimentKind": "custom_model_development",  # else the UI takes it for work on language models
+    f"mlflow.sharedViewState.{VIEW}": _view(),
+}

@@ -5,7 +5,11 @@ from pbkd.engine.session import LocalSession, Session, Stopped
 from pbkd.engine.settings import OptimizerSettings, Precision, TrainingSettings
 from pbkd.engine.state import CheckpointFolder, Row, State
 
+ENGINE_VERSION = 1
+"""Raised by hand when the same task begins to give other weights; part of every stage key."""
+
 __all__ = [
+    "ENGINE_VERSION",
     "CheckpointFolder",
     "LocalSession",
     "OptimizerSettings",

@@ -39,7 +39,9 @@ class Reader(Protocol):
 class Objective(Protocol):
     """What is minimized: one value per sample for `loss`, and for whatever else is worth reporting."""
 
-    def __call__(self, output: Tensor, logits: Tensor, target: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
+    def __call__(
+        self, output: Tensor, logits: Tensor, target: Tensor, labels: Tensor
+    ) -> Mapping[str, Tensor]:
         """Trained part's output, logits (N, K), teacher's output, labels (N,) -> {"loss": (N,), ...}."""
 
 
@@ -85,13 +87,18 @@ def fit(
         Stopped: the session asked for it; the state is saved.
     """
     precision = precision or Precision()
-    device, layout = session.device, torch.channels_last if precision.channels_last else torch.contiguous_format
+    device, layout = (
+        session.device,
+        torch.channels_last if precision.channels_last else torch.contiguous_format,
+    )
     steps_per_epoch = len(reader)
     steps = settings.total_steps(steps_per_epoch)
     if steps == 0:
         return []
     trained = task.trained.to(device, memory_format=layout).requires_grad_(True)
-    prefix, suffix, teacher = (_frozen(part, device, layout) for part in (task.prefix, task.suffix, task.teacher))
+    prefix, suffix, teacher = (
+        _frozen(part, device, layout) for part in (task.prefix, task.suffix, task.teacher)
+    )
     optimizer = settings.optimizer.build(trained)
     scaler = torch.amp.GradScaler(device.type, enabled=precision.precision == "fp16")
     history: list[Row] = []
@@ -101,9 +108,14 @@ def fit(
     if (state := session.restore()) is not None:
         apply(state, trained, optimizer, scaler)
         step, history = state.step, state.history
-        if session.rank == 0:  # the sums of the epoch so far; the other ranks' are lost, and only shift its mean
+        if (
+            session.rank == 0
+        ):  # the sums of the epoch so far; the other ranks' are lost, and only shift its mean
             counted = state.numbers["counted"]
-            sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in state.numbers["sums"].items()}
+            sums = {
+                name: torch.tensor(value, dtype=torch.float64, device=device)
+                for name, value in state.numbers["sums"].items()
+            }
     wrapped = _data_parallel(trained, session)
     first_bad = torch.tensor(NEVER, device=device)
 
@@ -190,7 +202,9 @@ def _seed_step(seed: int, step: int, rank: int) -> None:
 
 def _check_finite(first_bad: Tensor) -> None:
     if (step := int(first_bad)) < NEVER:
-        raise StageError(f"the loss is not finite at step {step}; lower the learning rate or clip the gradient")
+        raise StageError(
+            f"the loss is not finite at step {step}; lower the learning rate or clip the gradient"
+        )
 
 
 def _row(step: int, epoch: float, sums: Mapping[str, Tensor], counted: int, session: Session) -> Row:

@@ -47,7 +47,9 @@ class OptimizerSettings(Settings):
         if self.nesterov and not self.momentum:
             raise ValueError("nesterov needs a momentum above 0")
         if any(not 0.0 < share < 1.0 for share in self.milestones):
-            raise ValueError(f"milestones are shares of the training between 0 and 1, found {list(self.milestones)}")
+            raise ValueError(
+                f"milestones are shares of the training between 0 and 1, found {list(self.milestones)}"
+            )
         return self
 
     def rate(self, step: int, steps: int) -> float:
@@ -67,7 +69,11 @@ class OptimizerSettings(Settings):
         if self.name == "adamw":
             return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         return torch.optim.SGD(
-            parameters, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, weight_decay=self.weight_decay
+            parameters,
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
         )
 
 
@@ -99,5 +105,3 @@ class Precision(Settings):
         """The autocast context of one step."""
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(device.type, dtype=dtype, enabled=self.precision != "fp32")
-
-

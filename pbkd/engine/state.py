@@ -36,7 +36,11 @@ class State:
 
 
 def capture(
-    step: int, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, history: list[Row]
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    history: list[Row],
 ) -> State:
     """The state of a training, on the CPU, independent of what happens to it afterwards."""
     tensors = {f"module/{name}": tensor for name, tensor in module.state_dict().items()}

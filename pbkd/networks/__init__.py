@@ -1,6 +1,7 @@
 """Networks as blocks: specs, the modules built from them, named architectures, weights."""
 
 from pbkd.networks.block_network import BlockNetwork, build_block, fold_norms, on_meta, spec_of
+from pbkd.networks.cost import cost_of
 from pbkd.networks.spec import BlockSpec, ConvSpec, NetworkSpec
 from pbkd.networks.weights import fresh, initialize_fresh, load_weights, weights_digest
 from pbkd.networks.zoo import NetworkSettings, architecture
@@ -13,6 +14,7 @@ __all__ = [
     "NetworkSpec",
     "architecture",
     "build_block",
+    "cost_of",
     "fold_norms",
     "fresh",
     "initialize_fresh",

@@ -28,7 +28,13 @@ class ConvLayer(nn.Sequential):
 
     def __init__(self, spec: ConvSpec) -> None:
         conv = nn.Conv2d(
-            spec.in_channels, spec.out_channels, spec.kernel, spec.stride, spec.padding, spec.dilation, bias=spec.bias
+            spec.in_channels,
+            spec.out_channels,
+            spec.kernel,
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+            bias=spec.bias,
         )
         children: OrderedDict[str, nn.Module] = OrderedDict(conv=conv)
         if spec.norm:
@@ -166,7 +172,12 @@ def spec_of(network: BlockNetwork) -> NetworkSpec:
     """The spec of `network` as its modules are now: channels and features read back after pruning."""
     spec = network.spec
     blocks = tuple(
-        BlockSpec(units=tuple(_unit_spec(unit, module) for unit, module in zip(block.units, cast(nn.Sequential, modules), strict=True)))
+        BlockSpec(
+            units=tuple(
+                _unit_spec(unit, module)
+                for unit, module in zip(block.units, cast(nn.Sequential, modules), strict=True)
+            )
+        )
         for block, modules in zip(spec.blocks, network.blocks, strict=True)
     )
     linear = [module for module in network.classifier if isinstance(module, nn.Linear)]

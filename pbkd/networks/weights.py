@@ -69,7 +69,9 @@ def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: s
                 f"{tuple(tensor.shape)}; check the recipe's network and the data's classes"
             )
     if left := sorted(given.keys() - expected.keys()):
-        raise UserError(f"{source}: {len(left)} tensors do not belong to {network.spec.arch}, first '{left[0]}'")
+        raise UserError(
+            f"{source}: {len(left)} tensors do not belong to {network.spec.arch}, first '{left[0]}'"
+        )
     network.load_state_dict(given)
 
 
@@ -86,8 +88,14 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
 _RESNET_NAMES = (
     (r"^conv1\.", "stem.0.conv."),
     (r"^bn1\.", "stem.0.norm."),
-    (r"^layer(\d+)\.(\d+)\.conv(\d+)\.", lambda m: f"blocks.{int(m[1]) - 1}.{m[2]}.branch.{int(m[3]) - 1}.conv."),
-    (r"^layer(\d+)\.(\d+)\.bn(\d+)\.", lambda m: f"blocks.{int(m[1]) - 1}.{m[2]}.branch.{int(m[3]) - 1}.norm."),
+    (
+        r"^layer(\d+)\.(\d+)\.conv(\d+)\.",
+        lambda m: f"blocks.{int(m[1]) - 1}.{m[2]}.branch.{int(m[3]) - 1}.conv.",
+    ),
+    (
+        r"^layer(\d+)\.(\d+)\.bn(\d+)\.",
+        lambda m: f"blocks.{int(m[1]) - 1}.{m[2]}.branch.{int(m[3]) - 1}.norm.",
+    ),
     (
         r"^layer(\d+)\.(\d+)\.(?:downsample|shortcut)\.([01])\.",
         lambda m: f"blocks.{int(m[1]) - 1}.{m[2]}.shortcut.{'conv' if m[3] == '0' else 'norm'}.",

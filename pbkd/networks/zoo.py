@@ -52,7 +52,9 @@ class NetworkSettings(BaseModel):
     base_width: PositiveInt | None = None
 
 
-def architecture(settings: NetworkSettings, input_shape: tuple[int, int, int], num_classes: int) -> NetworkSpec:
+def architecture(
+    settings: NetworkSettings, input_shape: tuple[int, int, int], num_classes: int
+) -> NetworkSpec:
     """The spec of a named architecture for images of `input_shape` (C, H, W).
 
     Raises:
@@ -98,7 +100,9 @@ def _vgg(settings: NetworkSettings, input_shape: tuple[int, int, int], num_class
     )
 
 
-def _basic_unit(channels: int, out: int, stride: int, shortcut: PadShortcut | ConvSpec | None) -> ResidualUnit:
+def _basic_unit(
+    channels: int, out: int, stride: int, shortcut: PadShortcut | ConvSpec | None
+) -> ResidualUnit:
     first = ConvSpec(in_channels=channels, out_channels=out, stride=stride)
     second = ConvSpec(in_channels=out, out_channels=out, relu=False)
     return ResidualUnit(branch=(first, second), shortcut=shortcut)
@@ -120,7 +124,9 @@ def _projection(channels: int, out: int, stride: int) -> ConvSpec:
     return ConvSpec(in_channels=channels, out_channels=out, kernel=1, stride=stride, padding=0, relu=False)
 
 
-def _cifar_resnet(settings: NetworkSettings, input_shape: tuple[int, int, int], num_classes: int) -> NetworkSpec:
+def _cifar_resnet(
+    settings: NetworkSettings, input_shape: tuple[int, int, int], num_classes: int
+) -> NetworkSpec:
     units_per_stage = (int(settings.arch.removeprefix("resnet")) - 2) // 6
     base = settings.base_width or 16
     channels, blocks = base, []

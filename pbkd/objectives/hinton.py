@@ -11,7 +11,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def hinton(logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float, temperature: float) -> Tensor:
+def hinton(
+    logits: Tensor, teacher_logits: Tensor, labels: Tensor, alpha: float, temperature: float
+) -> Tensor:
     """(1 - a) CE + a T^2 KL(p_t^T || p_s^T) of each sample.
 
     Args:

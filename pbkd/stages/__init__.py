@@ -14,7 +14,9 @@ from pbkd.stages.stabilize import Stabilize
 from pbkd.stages.train import Train
 
 RunnableStage = Annotated[Load | Train | Block | Stabilize | Distill | Prune, Field(discriminator="kind")]
-AnyStage = Annotated[Load | Train | Block | Progressive | Stabilize | Distill | Prune, Field(discriminator="kind")]
+AnyStage = Annotated[
+    Load | Train | Block | Progressive | Stabilize | Distill | Prune, Field(discriminator="kind")
+]
 KINDS = ("load", "train", "block", "progressive", "stabilize", "distill", "prune")
 
 __all__ = [

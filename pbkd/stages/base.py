@@ -78,7 +78,13 @@ class Context:
         reader = self.reader("train", training=True)
         try:
             self.history += fit(
-                task, settings, reader, self.session, self.seed, self.precision, lambda: self.validate(network)
+                task,
+                settings,
+                reader,
+                self.session,
+                self.seed,
+                self.precision,
+                lambda: self.validate(network),
             )
         finally:
             reader.close()
@@ -88,7 +94,10 @@ class Context:
         if not self.data.sizes["val"]:
             return {}
         found = evaluate(
-            network.to(self.session.device), self.reader("val"), device=self.session.device, reduce=self.session.sum
+            network.to(self.session.device),
+            self.reader("val"),
+            device=self.session.device,
+            reduce=self.session.sum,
         )
         return {"val_accuracy": found.top1, "val_loss": found.loss}
 
@@ -105,8 +114,6 @@ class Stage(Settings):
 
     VERSION: ClassVar[int] = 1
     """Raised by hand when the same settings and inputs begin to give other weights; part of the stage key."""
-    TEACHABLE: ClassVar[bool] = True
-    """Whether a teacher can be named: agreement with it is measured."""
 
     kind: str
     from_: str | None = Field(default=None, alias="from")
@@ -168,4 +175,3 @@ def same_task(spec: NetworkSpec, info: DataInfo, what: str) -> NetworkSpec:
 def label_objective(output: Tensor, logits: Tensor, target: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Cross-entropy alone."""
     return {"loss": cross_entropy(logits, labels)}
-

@@ -68,9 +68,16 @@ class Block(BlockTraining):
         auxiliary = same_task(inputs["from"], info, "the network that is to get a student block")
         if self.block > len(auxiliary.blocks):
             raise UserError(f"block {self.block}: {auxiliary.arch} has blocks 1 to {len(auxiliary.blocks)}")
-        if "teacher" in inputs and inputs["teacher"].blocks[self.block - 1] != auxiliary.blocks[self.block - 1]:
-            raise UserError(f"block {self.block} is not the teacher's any more; name the teacher it was taken from")
-        return auxiliary.with_block(self.block - 1, student_block(auxiliary.blocks[self.block - 1], self._student))
+        if (
+            "teacher" in inputs
+            and inputs["teacher"].blocks[self.block - 1] != auxiliary.blocks[self.block - 1]
+        ):
+            raise UserError(
+                f"block {self.block} is not the teacher's any more; name the teacher it was taken from"
+            )
+        return auxiliary.with_block(
+            self.block - 1, student_block(auxiliary.blocks[self.block - 1], self._student)
+        )
 
     def run(self, context: Context) -> BlockNetwork:
         """Start the student block, then train it with everything else frozen."""
@@ -139,11 +146,15 @@ class Progressive(BlockTraining):
         blocks = self.blocks
         if blocks is None:
             if network is None:
-                raise UserError("blocks: the network is not known before it was pruned; list the blocks, as [1, 2, 3]")
+                raise UserError(
+                    "blocks: the network is not known before it was pruned; list the blocks, as [1, 2, 3]"
+                )
             blocks = tuple(range(1, len(network.blocks) + 1))
         widths = self.width if isinstance(self.width, tuple) else (self.width,) * len(blocks)
         if len(widths) != len(blocks):
-            raise UserError(f"width: {len(widths)} widths for {len(blocks)} blocks; give one number, or one per block")
+            raise UserError(
+                f"width: {len(widths)} widths for {len(blocks)} blocks; give one number, or one per block"
+            )
         pairs = list(zip(blocks, widths, strict=True))
         if self.order != "listed":
             pairs.sort(reverse=self.order == "top_down")

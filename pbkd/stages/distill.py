@@ -42,7 +42,9 @@ class Distill(TrainingStage):
         given = context.inputs["from"]
         network = copy.deepcopy(given) if self.weights == "keep" else fresh(given.spec, context.seed)
         objective = partial(_soft_targets, alpha=self.alpha, temperature=self.temperature)
-        context.train(network, Task(trained=network, objective=objective, teacher=context.inputs["teacher"]), self)
+        context.train(
+            network, Task(trained=network, objective=objective, teacher=context.inputs["teacher"]), self
+        )
         return network
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pbkd.artifact import read_tensors
 from pbkd.data import DataInfo
@@ -17,8 +17,6 @@ from pbkd.stages.base import Context, Role, Stage
 
 class Load(Stage):
     """Build `network` and load `weights`, a .safetensors file with pbkd's or public VGG and ResNet names."""
-
-    TEACHABLE: ClassVar[bool] = False
 
     kind: Literal["load"] = "load"
     network: NetworkSettings

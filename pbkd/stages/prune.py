@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from pbkd.data import DataInfo
 from pbkd.errors import UserError
-from pbkd.measure import count
-from pbkd.networks import BlockNetwork, NetworkSpec, on_meta, spec_of
+from pbkd.networks import BlockNetwork, NetworkSpec, cost_of, spec_of
 from pbkd.networks.block_network import ConvLayer, Residual
 from pbkd.networks.spec import BlockSpec, ConvSpec, PadShortcut, ResidualUnit, Unit, layers_of
 from pbkd.stages.base import Context, Role, Stage, Unplanned, same_task
@@ -78,9 +77,13 @@ class Prune(Stage):
 
     def _check(self, spec: NetworkSpec) -> None:
         units = [unit for block in spec.blocks for unit in block.units]
-        if self.criterion == "bn_scale" and not any(layer.norm for unit in units for layer in layers_of(unit)):
+        if self.criterion == "bn_scale" and not any(
+            layer.norm for unit in units for layer in layers_of(unit)
+        ):
             raise UserError(f"criterion=bn_scale: {spec.arch} has no BatchNorm; use l1 or group_norm")
-        padded = any(isinstance(unit, ResidualUnit) and isinstance(unit.shortcut, PadShortcut) for unit in units)
+        padded = any(
+            isinstance(unit, ResidualUnit) and isinstance(unit.shortcut, PadShortcut) for unit in units
+        )
         if self.scope == "all" and padded:
             raise UserError(
                 f"scope=all: {spec.arch} pads channels in its shortcuts (option A), which fixes them; use scope=interior, "
@@ -90,7 +93,7 @@ class Prune(Stage):
     def _uniform_ratio(self, spec: NetworkSpec) -> float:
         if self.ratio is not None:
             return self.ratio
-        return self._smallest_ratio(_macs(spec), lambda ratio: _macs(_narrowed(spec, ratio, self.round_to)))
+        return self._smallest_ratio(cost_of(spec).macs, lambda ratio: cost_of(_narrowed(spec, ratio, self.round_to)).macs)
 
     def _smallest_ratio(self, macs: int, macs_left: Callable[[float], int]) -> float:
         assert self.macs is not None
@@ -114,7 +117,9 @@ class Prune(Stage):
             return self._pruned_by(given, self.ratio)
         if self.ranking == "uniform" and self.scope == "interior":
             return self._pruned_by(given, self._uniform_ratio(given.spec))
-        ratio = self._smallest_ratio(_macs(given.spec), lambda ratio: _macs(self._pruned_by(given, ratio).spec))
+        ratio = self._smallest_ratio(
+            cost_of(given.spec).macs, lambda ratio: cost_of(self._pruned_by(given, ratio).spec).macs
+        )
         return self._pruned_by(given, ratio)
 
     def _pruned_by(self, given: BlockNetwork, ratio: float) -> BlockNetwork:
@@ -122,7 +127,9 @@ class Prune(Stage):
 
         network = copy.deepcopy(given).eval().requires_grad_(True)  # the graph is traced through autograd
         kept_interfaces = list(_interfaces(network)) if self.scope == "interior" else [_last_linear(network)]
-        graph = torch_pruning.DependencyGraph().build_dependency(network, torch.zeros(1, *given.spec.input_shape))
+        graph = torch_pruning.DependencyGraph().build_dependency(
+            network, torch.zeros(1, *given.spec.input_shape)
+        )
         groups = list(
             graph.get_all_groups(ignored_layers=kept_interfaces, root_module_types=[nn.Conv2d, nn.Linear])
         )
@@ -223,9 +230,6 @@ def _interfaces(network: BlockNetwork) -> Iterator[nn.Module]:
 def _last_linear(network: BlockNetwork) -> nn.Module:
     return [module for module in network.classifier if isinstance(module, nn.Linear)][-1]
 
-
-def _macs(spec: NetworkSpec) -> int:
-    return count(on_meta(spec), spec.input_shape).macs
 
 
 def _named(metrics: Mapping[str, float], moment: str) -> dict[str, float]:

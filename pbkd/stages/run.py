@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pbkd.engine import Row
-from pbkd.measure import count, evaluate, nonzero_params
-from pbkd.networks import BlockNetwork
+from pbkd.measure import evaluate, nonzero_params
+from pbkd.networks import BlockNetwork, cost_of
 from pbkd.stages.base import Context, Stage
 
 
@@ -46,10 +46,10 @@ def run_stage(stage: Stage, context: Context) -> StageResult:
                 metrics |= {"agreement": found.agreement, "kl": found.kl}
     if teacher is None:
         metrics["agreement"] = 100.0
-    cost = count(network, network.spec.input_shape)
+    cost = cost_of(network.spec)
     metrics |= {"params": cost.params, "macs": cost.macs, "nonzero_params": nonzero_params(network)}
     if teacher is not None:
-        original = count(teacher, teacher.spec.input_shape)
+        original = cost_of(teacher.spec)
         metrics |= {"macs_ratio": original.macs / cost.macs, "params_ratio": original.params / cost.params}
     else:
         metrics |= {"macs_ratio": 1.0, "params_ratio": 1.0}

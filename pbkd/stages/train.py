@@ -38,7 +38,11 @@ class Train(TrainingStage):
 
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The named architecture, or that of `from`."""
-        return inputs["from"] if self.network is None else architecture(self.network, info.input_shape, info.num_classes)
+        return (
+            inputs["from"]
+            if self.network is None
+            else architecture(self.network, info.input_shape, info.num_classes)
+        )
 
     def run(self, context: Context) -> BlockNetwork:
         """Train every layer."""

@@ -37,7 +37,9 @@ def student_block(teacher: BlockSpec, settings: StudentSettings) -> BlockSpec:
         UserError: the width leaves a convolution without filters.
     """
     student = BlockSpec(units=tuple(_student_unit(unit, settings) for unit in teacher.units))
-    assert receptive_field(student) == receptive_field(teacher), "the structure criterion changed the receptive field"
+    assert receptive_field(student) == receptive_field(teacher), (
+        "the structure criterion changed the receptive field"
+    )
     assert student.out_channels == teacher.out_channels, "the structure criterion changed the interface"
     return student
 

@@ -47,7 +47,12 @@ def initialize_inherit(student: nn.Module, teacher: nn.Module, seed: int) -> Non
 
 @torch.no_grad()
 def initialize_least_squares(
-    student: nn.Module, teacher: nn.Module, student_input: Tensor, teacher_input: Tensor, seed: int, ridge: float = 1e-3
+    student: nn.Module,
+    teacher: nn.Module,
+    student_input: Tensor,
+    teacher_input: Tensor,
+    seed: int,
+    ridge: float = 1e-3,
 ) -> None:
     """Solve the student block's weights in closed form, in place, so that it gives the teacher's feature.
 
@@ -60,14 +65,24 @@ def initialize_least_squares(
         ridge: relative damping of each regression.
     """
     student.eval()
-    for number, (student_unit, teacher_unit) in enumerate(zip(student.children(), teacher.children(), strict=True)):
+    for number, (student_unit, teacher_unit) in enumerate(
+        zip(student.children(), teacher.children(), strict=True)
+    ):
         _inherit_shortcut(student_unit, teacher_unit)
         if isinstance(teacher_unit, Residual):
             sums = teacher_unit.branch(teacher_input) + teacher_unit.shortcut(teacher_input)
             target = sums - cast(Residual, student_unit).shortcut(student_input)
         else:
             target = teacher_unit(teacher_input)
-        _solve_path(_path(student_unit), _path(teacher_unit), student_input, teacher_input, target, seed + number, ridge)
+        _solve_path(
+            _path(student_unit),
+            _path(teacher_unit),
+            student_input,
+            teacher_input,
+            target,
+            seed + number,
+            ridge,
+        )
         student_input, teacher_input = student_unit(student_input), teacher_unit(teacher_input)
 
 
@@ -95,7 +110,9 @@ def _solve_path(
             else following.conv.weight.pow(2).sum((0, 2, 3)).sqrt()
         )
         kept = explaining_channels(activation, importance, new.conv.out_channels)
-        weights, bias = regression(student_input, teacher_input[:, kept], new.conv, MAX_ROWS, seed).solve(ridge)
+        weights, bias = regression(student_input, teacher_input[:, kept], new.conv, MAX_ROWS, seed).solve(
+            ridge
+        )
         _set_layer(new, weights, bias, student_input)
         student_input, teacher_input = new(student_input), activation
     weights, bias = regression(student_input, target, projection.conv, MAX_ROWS, seed).solve(ridge)

@@ -1,0 +1,21 @@
+"""What an architecture costs, from its spec alone."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from torch import nn
+
+from pbkd.measure import Cost, count
+from pbkd.networks.block_network import ConvLayer, on_meta
+from pbkd.networks.spec import NetworkSpec
+
+
+@lru_cache(maxsize=1024)
+def cost_of(spec: NetworkSpec) -> Cost:
+    """Parameters and multiply-accumulates for one image; BatchNorm counts for neither, and is left out to be quick."""
+    network = on_meta(spec)
+    for layer in network.modules():
+        if isinstance(layer, ConvLayer) and hasattr(layer, "norm"):
+            layer.norm = nn.Identity()
+    return count(network, spec.input_shape)

@@ -1,0 +1,175 @@
+"""What a person sees of a run: bars while it lasts, one line a stage where there is no terminal, a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pbkd.engine import TrainingSettings
+from pipelines.graph import Graph, Node
+from pipelines.run import Outcome, PipelineResult
+from pipelines.store import Manifest
+
+
+class LiveDisplay:
+    """A bar for the pipeline and one for every stage that runs."""
+
+    def __init__(self, console: Console, graph: Graph) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}", table_column=None),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._console = console
+        self._all = self._progress.add_task(f"[bold]{graph.recipe.name}", total=len(graph.nodes), note="")
+        self._bars: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, node: Node) -> None:
+        """Show a bar for the stage."""
+        self._bars[node.name] = self._progress.add_task(f"  {node.name}", total=_length(node), note=node.stage.kind)
+
+    def progress(self, node: Node, row: dict[str, Any]) -> None:
+        """Move its bar."""
+        if node.name in self._bars:
+            stage = node.stage
+            by_steps = isinstance(stage, TrainingSettings) and stage.steps is not None
+            self._progress.update(
+                self._bars[node.name], completed=row["step"] if by_steps else row["epoch"], note=_note(row)
+            )
+
+    def finished(self, node: Node, outcome: Outcome, manifest: Manifest) -> None:
+        """Replace its bar by a line."""
+        if node.name in self._bars:
+            self._progress.remove_task(self._bars.pop(node.name))
+        self._console.print(_line(node, outcome, manifest))
+        self._progress.advance(self._all)
+
+
+class PlainDisplay:
+    """One line for every finished stage, readable in a log file."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def started(self, node: Node) -> None:
+        """Nothing: its end is what counts."""
+
+    def progress(self, node: Node, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def finished(self, node: Node, outcome: Outcome, manifest: Manifest) -> None:
+        """Print its line."""
+        self._console.print(_line(node, outcome, manifest), soft_wrap=True)
+
+
+def _length(node: Node) -> float | None:
+    stage = node.stage
+    if not isinstance(stage, TrainingSettings):
+        return None
+    return float(stage.steps if stage.steps is not None else stage.epochs or 0) or None
+
+
+def _note(row: Mapping[str, Any]) -> str:
+    note = f"epoch {row['epoch']:g}"
+    for name, label in (("train_loss", "loss"), ("val_accuracy", "val %")):
+        if name in row:
+            note += f"  {label} {row[name]:.3g}" if name == "train_loss" else f"  {label} {row[name]:.2f}"
+    return note
+
+
+def _line(node: Node, outcome: Outcome, manifest: Manifest) -> str:
+    accuracy = manifest.metrics.get("test_accuracy")
+    seconds = f"{manifest.seconds:.1f} s" if outcome == "ran" else "reused"
+    return f"{node.name:<24} {node.stage.kind:<10} test {accuracy:6.2f} %  {seconds}"
+
+
+def result_table(result: PipelineResult) -> Table:
+    """Teacher, every stage, the student and the baselines: cost and accuracy side by side."""
+    graph = result.graph
+    table = Table(title=f"{graph.recipe.name}: every stage's network", title_justify="left", pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("kind")
+    for column in ("MACs", "teacher/MACs", "params", "test %", "val %", "agree %", "ms", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, node in sorted(graph.nodes.items(), key=lambda item: item[0] in graph.baselines):
+        manifest = result.manifests[name]
+        metrics = manifest.metrics
+        role = graph.role(name)
+        style = {"teacher": "bold", "student": "bold green", "baseline": "cyan"}.get(role)
+        label = name if role == "stage" else f"{name} ({role})"
+        table.add_row(
+            label,
+            node.stage.kind,
+            human(metrics.get("macs")),
+            _number(metrics.get("macs_ratio"), ".2f", "x"),
+            human(metrics.get("params")),
+            _number(metrics.get("test_accuracy"), ".2f"),
+            _number(metrics.get("val_accuracy"), ".2f"),
+            _number(metrics.get("agreement"), ".2f"),
+            _number(result.latencies.get(name), ".2f"),
+            "reused" if result.outcomes[name] == "reused" else f"{manifest.seconds:.1f} s",
+            style=style,
+        )
+    return table
+
+
+def plan_table(rows: list[dict[str, Any]], name: str) -> Table:
+    """What a run would do."""
+    table = Table(title=f"{name}: the plan", title_justify="left", pad_edge=False)
+    for column in ("stage", "kind", "from", "teacher", "state"):
+        table.add_column(column, no_wrap=True)
+    for column in ("params", "MACs", "teacher/params", "teacher/MACs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("key")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["kind"],
+            row["from"] or "",
+            row["teacher"] or "",
+            row["state"],
+            human(row["params"]),
+            human(row["macs"]),
+            _number(row["params_ratio"], ".3f", "x"),
+            _number(row["macs_ratio"], ".3f", "x"),
+            (row["key"] or "")[:12],
+        )
+    return table
+
+
+def human(value: float | None) -> str:
+    """1005184 -> 1.005 M."""
+    if value is None:
+        return "?"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:g}"
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "?" if value is None else format(value, form) + unit

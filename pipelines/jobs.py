@@ -1,0 +1,205 @@
+"""A job: a chain of stages carried out one after the other by the same workers, each published before the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pbkd import artifact
+from pbkd.data import DataSettings, open_data
+from pbkd.engine import LocalSession, Precision
+from pbkd.errors import StageError, UserError
+from pbkd.stages import Context, Stage, StageResult, run_stage
+from pipelines.lease import Lease
+from pipelines.recipe import Compute
+from pipelines.store import Input, Manifest, Store
+
+PACKAGES = ("pbkd", "torch", "torchvision", "ray", "mlflow", "torch-pruning", "numpy", "safetensors")
+FAILURE = "failure.json"
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage of a job: what to run, on what, and the lease that allows to publish it."""
+
+    key: str
+    stage: Stage
+    inputs: tuple[Input, ...]
+    seed: int
+    lease: Lease
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that the workers need to know; picklable, and the same for every rank."""
+
+    store: Path
+    data: DataSettings
+    data_digest: str
+    compute: Compute
+    stages: tuple[StageJob, ...]
+
+
+def carry_out(job: Job, rank: int = 0) -> None:
+    """Run the stages of `job` that are not finished yet, as rank `rank`; with several, the process group is there.
+
+    A mistake of the user or a failed stage is left in the work folder for the driver (`failure`) instead of raised:
+    trying again would not mend it.
+    """
+    compute = job.compute
+    torch.set_num_threads(compute.worker_threads)
+    store = Store(job.store)
+    data = None
+    for item in job.stages:
+        if store.manifest(item.key) is not None:
+            continue
+        if (store.work(item.key) / FAILURE).exists():
+            return  # another rank has met it, and this is a new attempt
+        try:
+            data = data or open_data(job.data)
+            session = LocalSession(
+                store.work(item.key), _device(compute), rank, compute.workers, compute.checkpoint_seconds
+            )
+            started = time.monotonic()
+            inputs = {given.role: artifact.load(_artifact_of(store, given.key)) for given in item.inputs}
+            precision = Precision(precision=compute.precision, channels_last=compute.channels_last)
+            result = run_stage(item.stage, Context(session, inputs, data, item.seed, precision))
+            if rank == 0:
+                _publish(store, job, item, result, time.monotonic() - started)
+            _barrier(compute.workers)
+        except (UserError, StageError) as error:
+            _leave_failure(store.work(item.key), error)
+            if compute.workers > 1:
+                raise  # the other ranks wait for this one: the group has to end
+            return
+
+
+def failure(store: Store, key: str) -> Exception | None:
+    """What `carry_out` left of a failed stage; taken away by asking."""
+    path = store.work(key) / FAILURE
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    path.unlink()
+    return (UserError if record["user"] else StageError)(record["message"])
+
+
+def _leave_failure(work: Path, error: Exception) -> None:
+    record = {"user": isinstance(error, UserError), "message": str(error)}
+    partial = work / f".failure-{os.getpid()}"
+    partial.write_text(json.dumps(record))
+    partial.replace(work / FAILURE)
+
+
+def _artifact_of(store: Store, key: str) -> Path:
+    manifest = store.manifest(key)
+    if manifest is None:
+        raise StageError(f"stage {key[:12]} was to be finished before those that start from it, but is not")
+    return store.artifact(manifest.artifact)
+
+
+def _publish(store: Store, job: Job, item: StageJob, result: StageResult, seconds: float) -> None:
+    folder = store.scratch()
+    saved = artifact.save(result.network, folder)
+    store.add_artifact(folder, saved.digest)
+    manifest = Manifest(
+        key=item.key,
+        kind=item.stage.kind,
+        settings=item.stage.model_dump(mode="json"),
+        inputs=list(item.inputs),
+        data_digest=job.data_digest,
+        seed=item.seed,
+        compute={
+            "precision": job.compute.precision,
+            "channels_last": job.compute.channels_last,
+            "world_size": job.compute.workers,
+            "threads": job.compute.worker_threads,
+            "batch_size": job.data.batch_size,
+        },
+        artifact=saved.digest,
+        digest=saved.weights_digest,
+        metrics=dict(result.metrics),
+        history=[dict(row) for row in result.history],
+        seconds=seconds,
+        versions=versions(),
+        machine=machine(_device(job.compute)),
+        git=_commit(),
+        created=time.time(),
+    )
+    store.publish(manifest, item.lease)
+    store.remove_work(item.key)
+
+
+def _device(compute: Compute) -> torch.device:
+    if compute.device == "cpu" or (compute.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("compute.device=cuda: this machine has no GPU that torch can use; set compute.device=auto")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _barrier(workers: int) -> None:
+    if workers > 1:
+        torch.distributed.barrier()
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of what computes, for the manifest."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on besides the versions: processor and device."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+@cache
+def processor() -> str:
+    """The processor's model name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of pbkd's own checkout, if it is one."""
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def job_name(pipeline: str, stages: Sequence[tuple[str, str]]) -> str:
+    """`PIPELINE-STAGE-KEY` of a job, from the (name, key) of its first stage."""
+    name, key = stages[0]
+    return f"{pipeline}-{name}-{key[:12]}"
