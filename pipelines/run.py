@@ -112,16 +112,15 @@ class _Driver:
         self.journal = Journal(store.pipeline(self.id) / "journal.jsonl")
         self.manifests: dict[str, Manifest] = {}
         self.outcomes: dict[str, Outcome] = {}
-        self.names = {node.key: name for name, node in reversed(graph.nodes.items())}
         self.running: dict[Future[None], _Running] = {}
         self.mine: set[str] = set()  # stages this run has started, by name
         self.foreign: dict[str, LeaseWatcher] = {}  # stages somebody else runs
         self.offsets: dict[str, int] = {}
         self.steps: dict[str, float] = {}
 
-    def record(self, kind: str, **content: Any) -> None:
+    def record(self, type_: str, **content: Any) -> None:
         """Append to the journal."""
-        self.journal.append({"type": kind, "time": time.time(), **content})
+        self.journal.append({"type": type_, "time": time.time(), **content})
 
     def begin(self) -> None:
         """Say in the journal what is to be run."""
