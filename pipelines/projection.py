@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pipelines.journal import Record
+from pipelines.mlflow_values import final_metrics, flatten, log_run
 from pipelines.registry import register
-from pipelines.stage_runs import StageRuns, final_metrics, flatten, log_run
+from pipelines.stage_runs import StageRuns
 from pipelines.store import Store
 from pipelines.views import EXPERIMENT_TAGS, HEADLINE, headline_params
 

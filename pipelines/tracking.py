@@ -45,7 +45,7 @@ def connect(uri: str) -> "MlflowClient":
 
 
 def read_ids(store: Store, pipeline_id: str) -> dict[str, Any]:
-    """Return a pipeline's `tracking.json`, `{"pipeline_run", "stages": {KEY: {"run_id", "model_id"}}}`, or {}."""
+    """Return `{"uri", "experiment_id", "pipeline_run", "stages": {KEY: {"run_id", "model_id"}}}` or {}."""
     path = store.pipeline(pipeline_id) / "tracking.json"
     ids: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
     return ids

@@ -19,6 +19,7 @@ from pipelines.store import Manifest
 HEADLINE = ("test_accuracy", "val_accuracy", "macs", "params", "macs_ratio", "params_ratio")
 
 VIEW = "pbkd-accuracy-macs"
+WORKFLOW = "workflowType=machine_learning"  # else the UI of MLflow 3 begins as one for language models
 COLUMNS = ("test_accuracy", "macs", "macs_ratio", "params_ratio", "latency_ms", "agreement", "val_accuracy")
 
 
@@ -28,16 +29,22 @@ def headline_params(manifest: Manifest, name: str) -> dict[str, str]:
     return {fact: str(value) for fact, value in facts.items() if value is not None} | {"Stage": name}
 
 
+def home_url(server: str) -> str:
+    """Return the address of the list of experiments."""
+    return f"{server}/#/experiments?{WORKFLOW}"
+
+
 def view_url(server: str, experiment_id: str, charts: bool) -> str:
     """Return the address of the runs page in our view: the charts, or the table."""
     mode = "CHART" if charts else "TABLE"
-    return f"{server}/#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}&compareRunsMode={mode}"
+    query = f"viewStateShareKey={VIEW}&compareRunsMode={mode}&{WORKFLOW}"
+    return f"{server}/#/experiments/{experiment_id}/runs?{query}"
 
 
 def compare_url(server: str, experiment_id: str, run_ids: list[str]) -> str:
     """Return the address of the page that compares `run_ids`."""
     runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (run_ids, [experiment_id]))
-    return f"{server}/#/compare-runs?runs={runs}&experiments={experiments}"
+    return f"{server}/#/compare-runs?runs={runs}&experiments={experiments}&{WORKFLOW}"
 
 
 def _chart(kind: str, section: str, **settings: Any) -> dict[str, Any]:
@@ -83,8 +90,4 @@ def _view() -> str:
     return json.dumps({"name": "Accuracy against MACs", "createdAt": 0, "updatedAt": 0, "state": packed})
 
 
-EXPERIMENT_TAGS = {
-    "pbkd.experiment": "true",
-    "mlflow.experimentKind": "custom_model_development",  # else the UI takes it for work on language models
-    f"mlflow.sharedViewState.{VIEW}": _view(),
-}
+EXPERIMENT_TAGS = {"pbkd.experiment": "true", f"mlflow.sharedViewState.{VIEW}": _view()}

@@ -143,7 +143,7 @@ def test_a_new_database_is_filled_with_the_same(store: Store, tmp_path: Path) ->
 
 
 class FailingClient:
-    """An MLflow that goes away at its n-th call: for odd n before, for even n after it did what was asked for."""
+    """An MLflow that goes away at its n-th call: for odd n before it did what was asked for, else after."""
 
     def __init__(self, client: Any, calls: int) -> None:
         self.client, self.left, self.is_before = client, calls, calls % 2 == 1
@@ -260,6 +260,19 @@ def test_a_resumed_stage_has_one_value_a_step(store: Store) -> None:
     teacher = runs_of(default_uri(store))["teacher"]
     assert [step for step, *_ in teacher["metrics"]["train_loss"]] == [11, 22]
     assert (teacher["status"], teacher["parent"]) == ("FINISHED", "digits 0a1b2c3d")
+
+
+def test_two_pipelines_begin_with_no_database_at_the_same_time(store: Store) -> None:
+    record_pipeline(store)
+    record_pipeline(store, OTHER, state="reused")
+    script = (
+        "import pathlib, sys; from pipelines.store import Store; from pipelines.tracking import Tracker, default_uri\n"
+        "store = Store(pathlib.Path(sys.argv[1])); Tracker(default_uri(store), store, sys.argv[2]).project()"
+    )
+    command = [sys.executable, "-c", script, str(store.root)]
+    processes = [subprocess.Popen([*command, pipeline_id]) for pipeline_id in (PIPELINE, OTHER)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(runs_of(default_uri(store))) == 2 + len(STAGES)
 
 
 def test_the_background_thread_writes_what_the_driver_appends(store: Store) -> None:
