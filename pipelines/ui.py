@@ -17,14 +17,14 @@ from types import FrameType
 from pbkd.errors import StageError, UserError
 from pipelines.store import Store
 from pipelines.tracking import read_ids, replay
-from pipelines.views import compare_url, view_url
+from pipelines.views import compare_url, home_url, view_url
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
 
 
 def pages(store: Store, server: str) -> dict[str, str]:
-    """Return the pages of the latest pipeline that MLflow knows: its runs as `table` and `charts`, and `compare`.
+    """Return the pages of the latest pipeline in MLflow: its runs as `table` and `charts`, and `compare`.
 
     `server` is the address of the MLflow server. Empty if no pipeline of the store is in MLflow.
     """
@@ -41,7 +41,7 @@ def pages(store: Store, server: str) -> dict[str, str]:
 
 
 def serve(store: Store, uri: str, port: int = 5000, show: Callable[[str], None] = print) -> None:
-    """Serve the MLflow UI of `uri` on this machine until Ctrl-C or SIGTERM; `show` gets each line for the user.
+    """Serve the MLflow UI of `uri` on this machine until Ctrl-C or SIGTERM; `show` gets what the user reads.
 
     What MLflow lacks of the store's pipelines is written first. If `uri` is a server already, only its pages
     are shown. Raises UserError if the port is taken, StageError if the server does not start.
@@ -106,7 +106,7 @@ def _await(server: "subprocess.Popen[bytes]", address: str, log_path: Path) -> N
 
 
 def _show_pages(store: Store, address: str, show: Callable[[str], None]) -> None:
-    show(f"MLflow: {address}")
+    show(f"MLflow: {home_url(address)}")
     titles = {
         "table": "runs",
         "charts": "accuracy against MACs",
@@ -129,7 +129,7 @@ def _end(server: "subprocess.Popen[bytes]") -> None:
 
 @contextmanager
 def _stopping_on_sigterm() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C, where a thread other than the main one, which gets no signals, does not serve."""
+    """Treat SIGTERM as Ctrl-C. Only the main thread can: in another one the caller sees to it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
