@@ -212,7 +212,7 @@ class StageRuns:
             return str(found[0].model_id)
         model = self._client.create_logged_model(
             stage.experiment_id,
-            name=name,
+            name=name.replace(".", "-"),  # MLflow allows no dot here
             source_run_id=stage.run_id,
             tags={
                 "mlflow.model.isExternal": "true",
