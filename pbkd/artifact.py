@@ -39,7 +39,10 @@ class Artifact:
 
 
 def save(network: BlockNetwork, folder: Path) -> Artifact:
-    """Write `network` into `folder`, which is created; with the logits of a seeded input, checked at loading."""
+    """Write `network` into `folder`, which is created; leaves it on the CPU and in eval mode.
+
+    The logits of a seeded input are written too, and checked at loading.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     network = network.cpu().eval()
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}

@@ -1,8 +1,8 @@
-"""The two kinds of failure a person sees: their mistake (exit code 2) and a stage that went wrong (exit code 1)."""
+"""The two kinds of failure a user sees: their mistake (exit code 2) and a failed stage (exit code 1)."""
 
 
 class UserError(ValueError):
-    """A mistake of the user: one to three lines naming the place, what was found, what was expected, and the cure."""
+    """A mistake of the user, in at most three lines: the place, what was found and expected, the cure."""
 
 
 class StageError(RuntimeError):

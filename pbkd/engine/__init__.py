@@ -1,9 +1,10 @@
 """The training loop, its settings, its resumable state, and the session through which it sees the machine."""
 
-from pbkd.engine.loop import Task, fit
+from pbkd.engine.loop import fit
 from pbkd.engine.session import LocalSession, Session, Stopped
 from pbkd.engine.settings import OptimizerSettings, Precision, TrainingSettings
 from pbkd.engine.state import CheckpointFolder, Row, State
+from pbkd.engine.task import Task
 
 ENGINE_VERSION = 1
 """Raised by hand when the same task begins to give other weights; part of every stage key."""

@@ -4,68 +4,20 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pbkd.engine.session import Session, Stopped
-from pbkd.engine.settings import Precision, TrainingSettings
+from pbkd.engine.settings import OptimizerSettings, Precision, TrainingSettings
 from pbkd.engine.state import Row, apply, capture
+from pbkd.engine.task import Reader, Task
 from pbkd.errors import StageError
 from pbkd.networks import fold_norms
 
 NEVER = 2**62
-
-
-class Reader(Protocol):
-    """The training data (docs/architecture.md, data contract)."""
-
-    def __len__(self) -> int: ...  # noqa: D105
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...  # noqa: D105
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch the next iteration goes through."""
-
-    def resume_at(self, batch: int) -> None:
-        """Let the next iteration start at this batch."""
-
-    def global_count(self, batch: int) -> int:
-        """Samples of this batch over all ranks."""
-
-
-class Objective(Protocol):
-    """What is minimized: one value per sample for `loss`, and for whatever else is worth reporting."""
-
-    def __call__(
-        self, output: Tensor, logits: Tensor, target: Tensor, labels: Tensor
-    ) -> Mapping[str, Tensor]:
-        """Trained part's output, logits (N, K), teacher's output, labels (N,) -> {"loss": (N,), ...}."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """The parts of a step: teacher(...) -> target; prefix -> trained -> suffix -> logits.
-
-    Attributes:
-        trained: the only module whose weights change, and the only one wrapped for data parallelism.
-        objective: compares output and logits with target and labels.
-        prefix: frozen part before `trained`; images go in. None: images go straight to `trained`.
-        suffix: frozen part behind `trained`, through which gradients pass. None: its output is the logits.
-        teacher: frozen; gives the target.
-        teacher_input: what the teacher gets: the `images`, or the `prefix` output that the trained part gets too.
-        training_mode: False keeps BatchNorm statistics and dropout of the trained part off (LP-FT).
-    """
-
-    trained: nn.Module
-    objective: Objective
-    prefix: nn.Module | None = None
-    suffix: nn.Module | None = None
-    teacher: nn.Module | None = None
-    teacher_input: Literal["images", "prefix"] = "images"
-    training_mode: bool = True
 
 
 def fit(
@@ -79,138 +31,186 @@ def fit(
 ) -> list[Row]:
     """Train `task.trained` in place and return the history, one row an epoch (or part of one).
 
-    Killed and started again with the same session folder, it goes on from the last checkpoint and ends with the same
-    weights.
+    Killed and started again with the same session folder, it goes on from the last checkpoint and ends with
+    the same weights and history.
 
     Raises:
-        StageError: the loss is not finite; names the step. The last checkpoint before it is kept.
+        StageError: the loss or a weight is not finite; names the step. The checkpoints before it are kept.
         Stopped: the session asked for it; the state is saved.
     """
-    precision = precision or Precision()
-    device, layout = (
-        session.device,
-        torch.channels_last if precision.channels_last else torch.contiguous_format,
-    )
     steps_per_epoch = len(reader)
     steps = settings.total_steps(steps_per_epoch)
     if steps == 0:
         return []
-    trained = task.trained.to(device, memory_format=layout).requires_grad_(True)
-    prefix, suffix, teacher = (
-        _frozen(part, device, layout) for part in (task.prefix, task.suffix, task.teacher)
-    )
-    optimizer = settings.optimizer.build(trained)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision.precision == "fp16")
-    history: list[Row] = []
-    step = 0
-    sums: dict[str, Tensor] = {}
-    counted = 0
-    if (state := session.restore()) is not None:
-        apply(state, trained, optimizer, scaler)
-        step, history = state.step, state.history
-        if (
-            session.rank == 0
-        ):  # the sums of the epoch so far; the other ranks' are lost, and only shift its mean
-            counted = state.numbers["counted"]
-            sums = {
-                name: torch.tensor(value, dtype=torch.float64, device=device)
-                for name, value in state.numbers["sums"].items()
-            }
-    wrapped = _data_parallel(trained, session)
-    first_bad = torch.tensor(NEVER, device=device)
-
-    def save() -> None:
-        _check_finite(first_bad)
-        state = capture(step, trained, optimizer, scaler, history)
-        state.numbers["counted"] = counted
-        state.numbers["sums"] = {name: float(value) for name, value in sums.items()}
-        session.save(state)
-
-    while step < steps:
-        epoch, batch = divmod(step, steps_per_epoch)
-        trained.train(task.training_mode)
+    training = _Training(task, settings.optimizer, session, precision or Precision(), seed)
+    training.restore()
+    while training.step < steps:
+        epoch, batch = divmod(training.step, steps_per_epoch)
         reader.set_epoch(epoch)
         reader.resume_at(batch)
         for images, labels in reader:
-            images = images.contiguous(memory_format=layout)
-            _seed_step(seed, step, session.rank)
-            rate = settings.optimizer.rate(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            with precision.autocast(device):
-                with torch.no_grad():
-                    inputs = prefix(images) if prefix is not None else images
-                    target = inputs
-                    if teacher is not None:
-                        target = teacher(inputs if task.teacher_input == "prefix" else images)
-                output = wrapped(inputs)
-                logits = suffix(output) if suffix is not None else output
-            losses = task.objective(output, logits, target, labels)
-            share = session.world_size / reader.global_count(batch)
-            loss = losses["loss"].sum() * share
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            if settings.optimizer.clip is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(trained.parameters(), settings.optimizer.clip)
-            scaler.step(optimizer)
-            scaler.update()
-            for name, values in losses.items():
-                value = values.detach().double().sum()
-                sums[name] = sums[name] + value if name in sums else value
-            first_bad = torch.where(torch.isfinite(loss.detach()), first_bad, first_bad.clamp_max(step))
-            counted += len(labels)
-            step, batch = step + 1, batch + 1
-            if step >= steps:
-                break
             if session.due():
-                save()
+                training.save()
             if session.should_stop():
-                save()
-                raise Stopped(f"stopped at step {step} of {steps}")
-        _check_finite(first_bad)
-        row = _row(step, step / steps_per_epoch, sums, counted, session)
+                training.save()
+                raise Stopped(f"stopped at step {training.step} of {steps}")
+            count = reader.global_count(training.step - epoch * steps_per_epoch)
+            training.take_step(images, labels, count, settings.optimizer.rate(training.step, steps))
+            if training.step == steps:
+                break
+        row = training.end_epoch(training.step / steps_per_epoch)
         if validate is not None:
             row.update(validate())
-        history.append(row)
+        training.history.append(row)
         session.report(row)
-        sums, counted = {}, 0
-    trained.eval().requires_grad_(False)
-    return history
+    training.finish()
+    return training.history
 
 
-def _frozen(part: nn.Module | None, device: torch.device, layout: torch.memory_format) -> nn.Module | None:
-    """A private copy in eval mode, without gradients to its weights, BatchNorm folded into the convolutions."""
-    if part is None:
-        return None
-    part = copy.deepcopy(part).eval().requires_grad_(False)
-    return fold_norms(part).to(device, memory_format=layout).requires_grad_(False)
+class _Training:
+    """One training under way: its parts on the device, the optimizer, and the position `step`.
+
+    `sums` and `counted` are this epoch's sums of the objective's values and the samples they are over.
+    """
+
+    def __init__(
+        self, task: Task, optimizer: OptimizerSettings, session: Session, precision: Precision, seed: int
+    ) -> None:
+        self.task, self.session, self.precision, self.seed = task, session, precision, seed
+        self.device = session.device
+        self.layout = torch.channels_last if precision.channels_last else torch.contiguous_format
+        self.trained = _placed(task.trained, self.device, self.layout).requires_grad_(True)
+        self.prefix = self._frozen(task.prefix)
+        self.suffix = self._frozen(task.suffix)
+        self.teacher = self._frozen(task.teacher)
+        self.clip = optimizer.clip
+        self.optimizer = optimizer.build(self.trained)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.precision == "fp16")
+        self.step = 0
+        self.history: list[Row] = []
+        self.sums: dict[str, Tensor] = {}
+        self.counted = 0
+        self.first_bad = torch.tensor(NEVER, device=self.device)
+
+    def _frozen(self, part: nn.Module | None) -> nn.Module | None:
+        """A private copy in eval mode, without gradients to its weights, BatchNorm folded."""
+        if part is None:
+            return None
+        part = fold_norms(copy.deepcopy(part).eval())
+        return _placed(part, self.device, self.layout).requires_grad_(False)
+
+    def restore(self) -> None:
+        """Go on from the session's newest checkpoint, if it has one; then join the other ranks."""
+        if (state := self.session.restore()) is not None:
+            apply(state, self.trained, self.optimizer, self.scaler)
+            self.step, self.history = state.step, state.history
+            if (
+                self.session.rank == 0
+            ):  # the sums of the other ranks are lost, which only shifts this epoch's mean
+                self.counted = state.numbers["counted"]
+                self.sums = {
+                    name: torch.tensor(value, dtype=torch.float64, device=self.device)
+                    for name, value in state.numbers["sums"].items()
+                }
+        self.norms = {
+            name: module
+            for name, module in self.trained.named_modules()
+            if isinstance(module, nn.BatchNorm2d)
+        }
+        self.wrapped = _data_parallel(self.trained, self.session)
+        self.trained.train(self.task.training_mode)
+
+    def save(self) -> None:
+        """Hand the state to the session."""
+        self._check_finite()
+        state = capture(self.step, self.trained, self.optimizer, self.scaler, self.history)
+        state.numbers["counted"] = self.counted
+        state.numbers["sums"] = {name: float(value) for name, value in self.sums.items()}
+        self.session.save(state)
+
+    def take_step(self, images: Tensor, labels: Tensor, global_count: int, rate: float) -> None:
+        """One optimizer step on this rank's share of a batch of `global_count` samples; waits for nothing."""
+        images = images.contiguous(memory_format=self.layout)
+        _seed_generators(self.seed, self.step, self.session.rank, self.device)
+        with self.precision.autocast(self.device):
+            with torch.no_grad():
+                inputs = self.prefix(images) if self.prefix is not None else images
+                target = inputs
+                if self.teacher is not None:
+                    target = self.teacher(inputs if self.task.teacher_input == "prefix" else images)
+            output = self.wrapped(inputs)
+            logits = self.suffix(output) if self.suffix is not None else output
+        losses = self.task.objective(output, logits, target, labels)
+        # Gradients are averaged over ranks, so this makes them those of the mean over the global batch.
+        loss = losses["loss"].sum() * (self.session.world_size / global_count)
+
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.trained.parameters(), self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+        for name, values in losses.items():
+            value = values.detach().double().sum()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.counted += len(labels)
+        bad = self.first_bad.clamp_max(self.step)
+        self.first_bad = torch.where(torch.isfinite(loss.detach()), self.first_bad, bad)
+        self.step += 1
+
+    def end_epoch(self, epoch: float) -> Row:
+        """Means of the objective's values over the epoch and all ranks; `epoch` is how many are done."""
+        self._check_finite()
+        if (
+            self.session.world_size > 1
+        ):  # between steps, only rank 0 has the statistics that the next step starts from
+            for buffer in self.trained.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        names = sorted(self.sums)
+        totals = torch.stack([self.sums[name] for name in names])
+        *values, count = self.session.sum(torch.cat([totals, totals.new_tensor([self.counted])])).tolist()
+        self.sums, self.counted = {}, 0
+        row: Row = {"time": time.time(), "step": self.step, "epoch": round(epoch, 4)}
+        return row | {f"train_{name}": value / count for name, value in zip(names, values, strict=True)}
+
+    def finish(self) -> None:
+        """Leave the trained part as it was found: frozen, in eval mode, in the usual layout."""
+        for name, norm in self.norms.items():  # whose tensors a SyncBatchNorm in its place shares
+            self.trained.set_submodule(name, norm)
+        _placed(self.trained, self.device, torch.contiguous_format).eval().requires_grad_(False)
+
+    def _check_finite(self) -> None:
+        if (step := int(self.first_bad)) < NEVER:
+            raise StageError(f"the loss is not finite at step {step}; lower the rate or clip the gradient")
+        # A gradient may overflow where the loss did not, here or on another rank.
+        if not all(bool(tensor.isfinite().all()) for tensor in self.trained.state_dict().values()):
+            raise StageError(
+                f"a weight is not finite after step {self.step - 1}; lower the rate or clip the gradient"
+            )
+
+
+def _placed(module: nn.Module, device: torch.device, layout: torch.memory_format) -> nn.Module:
+    module.to(device)
+    module.to(memory_format=layout)  # type: ignore[call-overload]  # an overload that torch does not declare
+    return module
 
 
 def _data_parallel(trained: nn.Module, session: Session) -> nn.Module:
     if session.world_size == 1:
         return trained
-    if session.device.type == "cuda":
+    if session.device.type == "cuda":  # there is none for the CPU
         trained = nn.SyncBatchNorm.convert_sync_batchnorm(trained)
     return DistributedDataParallel(trained)
 
 
-def _seed_step(seed: int, step: int, rank: int) -> None:
-    """torch's own generators (dropout) as a function of position, so that resuming needs no generator state."""
-    torch.manual_seed((seed * 1_000_003 + step * 8_191 + rank) % 2**63)
-
-
-def _check_finite(first_bad: Tensor) -> None:
-    if (step := int(first_bad)) < NEVER:
-        raise StageError(
-            f"the loss is not finite at step {step}; lower the learning rate or clip the gradient"
-        )
-
-
-def _row(step: int, epoch: float, sums: Mapping[str, Tensor], counted: int, session: Session) -> Row:
-    names = sorted(sums)
-    totals = torch.stack([sums[name] for name in names] + [sums[names[0]].new_tensor(float(counted))])
-    *values, count = session.sum(totals).tolist()
-    row: Row = {"time": time.time(), "step": step, "epoch": round(epoch, 4)}
-    row.update({f"train_{name}": value / count for name, value in zip(names, values, strict=True)})
-    return row
+def _seed_generators(seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Make torch's own random numbers (dropout) a function of position: resuming needs no generator state."""
+    number = (seed * 1_000_003 + step * 8_191 + rank) % 2**63
+    # What torch.manual_seed does, at a hundredth of its cost: it formats a stack trace for absent devices.
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)

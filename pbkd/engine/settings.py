@@ -24,8 +24,9 @@ class OptimizerSettings(Settings):
         lr: the highest learning rate.
         momentum, nesterov: SGD only.
         weight_decay: L2 (SGD) or decoupled (AdamW).
-        schedule: `constant`; `step`: divided by `1/decay` at each of `milestones`; `cosine`: to zero at the end.
-        milestones: shares of the training at which `step` lowers the rate, in (0, 1): after 3 of 6 epochs is 0.5.
+        schedule: `constant`; `step`: multiplied by `decay` at each of `milestones`; `cosine`: to zero at the
+            end.
+        milestones: shares of the training at which `step` lowers the rate, in (0, 1).
         decay: the factor of `step`.
         warmup: share of the training during which the rate rises linearly.
         clip: largest norm of the gradient, or null.

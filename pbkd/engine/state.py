@@ -1,7 +1,7 @@
 """Resumable state and its files: all that a killed training needs to go on exactly where it was.
 
-Order of samples, augmentation and torch's generators are pure functions of position, so the state holds only weights,
-optimizer, scaler, step and history. On disk: safetensors and JSON, never a pickle.
+Order of samples, augmentation and torch's generators are pure functions of position, so the state holds only
+weights, optimizer, scaler, step and history. On disk: safetensors and JSON, never a pickle.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Row = dict[str, float]
 
 @dataclass
 class State:
-    """Position and contents of a training: `step` optimizer steps are done, `history` holds one row per report."""
+    """A training after `step` optimizer steps; `history` holds one row per report."""
 
     step: int = 0
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -73,9 +73,9 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 class CheckpointFolder:
-    """Checkpoints of one training, newest last: `step-NNN/{state.safetensors,state.json}`, each written atomically.
+    """Checkpoints of one training: `step-NNN/{state.safetensors,state.json}`, each written atomically.
 
-    The last two are kept. A checkpoint that does not match its own digest is passed over, with a warning.
+    The newest two are kept. A checkpoint that does not match its own digest is passed over, with a warning.
     """
 
     def __init__(self, folder: Path) -> None:

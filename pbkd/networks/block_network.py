@@ -1,9 +1,8 @@
-"""`BlockNetwork`: stem, blocks, the poolings between them, classifier. Every network pbkd handles has this form."""
+"""`BlockNetwork`: stem, blocks, poolings between them, classifier. The form of every network here."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -24,7 +23,11 @@ from pbkd.networks.spec import (
 
 
 class ConvLayer(nn.Sequential):
-    """A convolution with optional BatchNorm and ReLU, reachable as `conv`, `norm` and `relu`."""
+    """A convolution with optional BatchNorm and ReLU; `norm` and `relu` exist where the spec has them."""
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+    relu: nn.ReLU
 
     def __init__(self, spec: ConvSpec) -> None:
         conv = nn.Conv2d(
@@ -89,6 +92,12 @@ def build_block(spec: BlockSpec) -> nn.Sequential:
     return nn.Sequential(*map(build_unit, spec.units))
 
 
+def path_of(unit: nn.Module) -> list[ConvLayer]:
+    """The layers of a unit's main path, in order, as `layers_of` gives their specs."""
+    path = unit.branch if isinstance(unit, Residual) else unit
+    return cast(list[ConvLayer], list(path.children()))
+
+
 def _pool(spec: PoolSpec | None) -> nn.Module:
     return nn.Identity() if spec is None else nn.MaxPool2d(spec.kernel, spec.stride, spec.padding)
 
@@ -115,7 +124,7 @@ def _classifier(spec: ClassifierSpec) -> nn.Sequential:
 
 
 class BlockNetwork(nn.Module):
-    """classifier(pool_N(block_N(... pool_1(block_1(stem(x)))))): images (N, C, H, W) -> logits (N, classes)."""
+    """classifier(pool_N(block_N(... pool_1(block_1(stem(x))))))."""
 
     def __init__(self, spec: NetworkSpec) -> None:
         super().__init__()
@@ -141,7 +150,7 @@ class BlockNetwork(nn.Module):
         return nn.Sequential(*parts)
 
     def suffix(self, index: int) -> nn.Sequential:
-        """Everything after block `index` (from 0), the pooling behind it first; modules shared with this network."""
+        """Everything after block `index` (from 0), its pooling first; modules shared with this network."""
         parts: list[nn.Module] = [self.poolings[index]]
         for block, pool in zip(self.blocks[index + 1 :], self.poolings[index + 1 :], strict=True):
             parts += [block, pool]
@@ -160,7 +169,7 @@ def on_meta(spec: NetworkSpec) -> BlockNetwork:
 
 
 def fold_norms(module: nn.Module) -> nn.Module:
-    """Merge every BatchNorm of `module` into the convolution before it, in place; for frozen parts in eval mode."""
+    """Merge every BatchNorm of `module` into the convolution before it, in place; for frozen parts."""
     for layer in module.modules():
         if isinstance(layer, ConvLayer) and hasattr(layer, "norm"):
             layer.conv = fuse_conv_bn_eval(layer.conv.eval(), layer.norm.eval())
@@ -180,11 +189,12 @@ def spec_of(network: BlockNetwork) -> NetworkSpec:
         )
         for block, modules in zip(spec.blocks, network.blocks, strict=True)
     )
+    stem = [module for module in network.stem if isinstance(module, ConvLayer)]
     linear = [module for module in network.classifier if isinstance(module, nn.Linear)]
     widths = (linear[0].in_features, *(layer.out_features for layer in linear))
     return spec.model_copy(
         update={
-            "stem": spec.stem.model_copy(update={"layers": _path_specs(spec.stem.layers, network.stem)}),
+            "stem": spec.stem.model_copy(update={"layers": _layer_specs(spec.stem.layers, stem)}),
             "blocks": blocks,
             "classifier": spec.classifier.model_copy(update={"widths": widths}),
         }
@@ -193,16 +203,18 @@ def spec_of(network: BlockNetwork) -> NetworkSpec:
 
 def _unit_spec(spec: Unit, module: nn.Module) -> Unit:
     if not isinstance(spec, ResidualUnit):
-        return spec.model_copy(update={"layers": _path_specs(spec.layers, module)})
+        return spec.model_copy(update={"layers": _layer_specs(spec.layers, path_of(module))})
     assert isinstance(module, Residual)
     shortcut = spec.shortcut
     if isinstance(shortcut, ConvSpec):
-        (shortcut,) = _path_specs((shortcut,), [module.shortcut])
-    return spec.model_copy(update={"branch": _path_specs(spec.branch, module.branch), "shortcut": shortcut})
+        assert isinstance(module.shortcut, ConvLayer)
+        (shortcut,) = _layer_specs((shortcut,), [module.shortcut])
+    return spec.model_copy(
+        update={"branch": _layer_specs(spec.branch, path_of(module)), "shortcut": shortcut}
+    )
 
 
-def _path_specs(specs: tuple[ConvSpec, ...], modules: Iterable[nn.Module]) -> tuple[ConvSpec, ...]:
-    layers = [cast(ConvLayer, module) for module in modules if isinstance(module, ConvLayer)]
+def _layer_specs(specs: tuple[ConvSpec, ...], layers: list[ConvLayer]) -> tuple[ConvSpec, ...]:
     return tuple(
         spec.model_copy(
             update={"in_channels": layer.conv.in_channels, "out_channels": layer.conv.out_channels}

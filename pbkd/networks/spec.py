@@ -1,7 +1,7 @@
-"""An architecture as data: what a `BlockNetwork` is, down to the channels of every convolution, as typed JSON.
+"""An architecture as data: a `BlockNetwork` down to the channels of every convolution, as typed JSON.
 
-The student criterion maps a `BlockSpec` to another one, and pruning reads channel counts back into a spec; so teachers,
-students and pruned networks are all built by the same code, from the same kind of description.
+The student criterion maps a `BlockSpec` to another one, and pruning reads channel counts back into a spec; so
+teachers, students and pruned networks are all built by the same code, from the same kind of description.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class StemSpec(Spec):
 
 
 class ClassifierSpec(Spec):
-    """Adaptive average pooling to `pool` x `pool` (0: none), flatten, then linear layers with ReLU and dropout between.
+    """Adaptive average pooling to `pool` x `pool` (0: none), flatten, linear layers; ReLU, dropout between.
 
     `widths` holds the features from the flattened input to the classes, both included.
     """

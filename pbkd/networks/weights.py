@@ -1,4 +1,4 @@
-"""Weights into a network: fresh ones from a seed, or given ones, also under the names public checkpoints use."""
+"""Weights into a network: fresh ones from a seed, or given ones, also under public checkpoints' names."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def empty(spec: NetworkSpec, device: torch.device | str = "cpu") -> BlockNetwork
 
 
 def initialize_fresh(module: nn.Module, seed: int) -> None:
-    """Fill `module` (on the CPU) in place: convolutions and hidden linear layers Kaiming (He et al. 2015), norms 1 and 0.
+    """Fill `module` (on the CPU) in place.
 
-    The numbers depend on `seed` and the shapes alone, not on torch's global generator.
+    Convolutions: Kaiming normal, fan out (He et al. 2015); linear layers: uniform within +-1/sqrt(inputs);
+    norms: gain 1, fresh statistics; biases: zero. The numbers depend on `seed` and the shapes alone, not on
+    torch's global generator.
     """
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
@@ -50,7 +52,7 @@ def fresh(spec: NetworkSpec, seed: int) -> BlockNetwork:
 
 
 def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy `tensors` into `network`; names may be pbkd's own or those of public VGG and ResNet checkpoints.
+    """Copy `tensors` into `network`; the names are pbkd's own or those of public VGG and ResNet checkpoints.
 
     Raises:
         UserError: a tensor is missing, is left over, or has another shape; names it, and both shapes.
@@ -65,8 +67,8 @@ def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: s
             raise UserError(f"{source}: no tensor for '{name}' {tuple(tensor.shape)} of {network.spec.arch}")
         if given[name].shape != tensor.shape:
             raise UserError(
-                f"{source}: tensor '{name}' has shape {tuple(given[name].shape)}, but {network.spec.arch} needs "
-                f"{tuple(tensor.shape)}; check the recipe's network and the data's classes"
+                f"{source}: tensor '{name}' has shape {tuple(given[name].shape)}, but {network.spec.arch} "
+                f"needs {tuple(tensor.shape)}; check the recipe's network and the data's classes"
             )
     if left := sorted(given.keys() - expected.keys()):
         raise UserError(
@@ -118,7 +120,7 @@ def _own_names(network: BlockNetwork, tensors: Mapping[str, Tensor]) -> dict[str
 
 
 def _vgg_names(network: BlockNetwork) -> dict[str, str]:
-    """torchvision numbers every layer of a VGG in one row: `features.0`, ... and `classifier.0`, `.3`, `.6`."""
+    """torchvision numbers the layers of a VGG: `features.0`, ... and `classifier.0`, `.3`, `.6`."""
     table, number = {}, 0
     for block, modules in enumerate(network.blocks):
         for name, layer in modules.named_modules():

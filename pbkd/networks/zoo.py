@@ -1,4 +1,4 @@
-"""Named architectures: VGG (Simonyan & Zisserman 2015) and ResNet (He et al. 2016), for 32x32 and for 224x224 images."""
+"""Named architectures: VGG (Simonyan & Zisserman 2015) and ResNet (He et al. 2016), for any input size."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ class NetworkSettings(BaseModel):
     """An architecture by name, with its options; the classes and the input's shape come from the data.
 
     Attributes:
-        arch: one of `NAMES`: `vgg11` ... `vgg19_bn`; `resnet20` ... `resnet110` (CIFAR); `resnet18`, `34`, `50`.
+        arch: one of `NAMES`: `vgg11` ... `vgg19_bn`; `resnet20` ... `resnet110` (CIFAR); `resnet18`, `34`,
+            `50`.
         head: VGG only: widths of the hidden linear layers, `[]` for a single linear classifier.
         dropout: VGG only: between the hidden linear layers.
         shortcut: CIFAR ResNets only: `A` (subsample and zero-pad, no parameters) or `B` (1x1 convolution).
-        stem: ResNet-18/34/50 only: `imagenet` (7x7, stride 2, max pooling), `cifar` (3x3), `auto` by the input's size.
+        stem: ResNet-18/34/50 only: `imagenet` (7x7, stride 2, max pooling), `cifar` (3x3), or `auto`:
+            `cifar` for images smaller than 96 pixels.
         base_width: ResNets only: channels of the first stage.
     """
 

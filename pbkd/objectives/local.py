@@ -1,4 +1,4 @@
-"""The local loss of progressive blockwise distillation: the student block's feature against the teacher block's."""
+"""The local loss of blockwise distillation: the student block's feature against the teacher block's."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Context:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def reader(self, split: str, *, training: bool = False) -> Reader:
-        """A reader of `split` for this rank: shuffled and augmented for training, in fixed order otherwise."""
+        """A reader of `split` for this rank: shuffled and augmented for training, else in fixed order."""
         settings = self.data.settings
         return self.data.reader(
             split,
@@ -64,7 +64,7 @@ class Context:
         )
 
     def images(self, count: int) -> Tensor:
-        """The first `count` training images of this stage's order, unaugmented, (count, C, H, W), on every rank alike."""
+        """The first `count` training images in this stage's order, unaugmented, the same on every rank."""
         reader = self.data.reader(
             "train", min(count, self.data.sizes["train"]), self.seed, device=self.session.device, shuffle=True
         )
@@ -74,7 +74,7 @@ class Context:
             reader.close()
 
     def train(self, network: BlockNetwork, task: Task, settings: TrainingSettings) -> None:
-        """Train `task`, a part of `network`, in place; after each epoch `network` is judged on the validation split."""
+        """Train `task`, a part of `network`, in place; `network` is validated after each epoch."""
         reader = self.reader("train", training=True)
         try:
             self.history += fit(
@@ -90,7 +90,7 @@ class Context:
             reader.close()
 
     def validate(self, network: BlockNetwork) -> dict[str, float]:
-        """Accuracy (percent) and loss on the validation split, over all ranks; nothing where there is none."""
+        """Accuracy (percent) and loss on the validation split, over all ranks; empty without one."""
         if not self.data.sizes["val"]:
             return {}
         found = evaluate(

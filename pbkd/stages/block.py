@@ -1,4 +1,4 @@
-"""`block`: replace one block by a student block and train it (Wang et al., IJCAI 2018); `progressive`: all in turn."""
+"""`block`: replace one block by a student block and train it (Wang et al. 2018); `progressive`: all."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ class BlockTraining(TrainingStage):
 class Block(BlockTraining):
     """Swap block number `block` (from 1) of the auxiliary network for a student block; train that alone.
 
-    Minimizes L = lambda L_local(s(h), t(h)) + CE(A(x), y), with h the output of the frozen prefix of the auxiliary
-    network, for the student block s and the teacher block t alike.
+    Minimizes L = lambda L_local(s(h), t(h)) + CE(A(x), y): h, the output of the auxiliary network's frozen
+    prefix, is the input of the student block s and the teacher block t alike.
     """
 
     kind: Literal["block"] = "block"

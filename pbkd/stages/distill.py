@@ -1,4 +1,4 @@
-"""`distill`: the whole network learns from the teacher's soft targets; phase two of two-stage distillation, and plain KD."""
+"""`distill`: the network learns the teacher's soft targets; phase two of two-stage distillation, plain KD."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Distill(TrainingStage):
     Attributes:
         alpha: weight a of the soft targets, in [0, 1].
         temperature: T.
-        weights: `keep` those of the `from` stage, or start `fresh` on its architecture (the plain-KD baseline).
+        weights: `keep` those of the `from` stage, or start `fresh` on its architecture (plain KD).
     """
 
     kind: Literal["distill"] = "distill"

@@ -1,4 +1,4 @@
-"""`prune`: remove whole channels of least importance, on Torch-Pruning's dependency graph (Fang et al., CVPR 2023)."""
+"""`prune`: remove the least important channels, on Torch-Pruning's dependency graph (Fang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pbkd.data import DataInfo
 from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, NetworkSpec, cost_of, spec_of
-from pbkd.networks.block_network import ConvLayer, Residual
+from pbkd.networks.block_network import ConvLayer, Residual, path_of
 from pbkd.networks.spec import BlockSpec, ConvSpec, PadShortcut, ResidualUnit, Unit, layers_of
 from pbkd.stages.base import Context, Role, Stage, Unplanned, same_task
 
@@ -24,15 +24,16 @@ SEARCH_STEPS = 200
 
 
 class Prune(Stage):
-    """Prune channels by `ratio`, or until the network has at most the share `macs` of its multiply-accumulates.
+    """Prune channels by `ratio`, or until at most the share `macs` of the multiply-accumulates is left.
 
     Attributes:
         ratio: share of the channels each layer (or, with `ranking: global`, the network) loses.
         macs: share of the multiply-accumulates that may be left; the smallest ratio that reaches it is taken.
-        criterion: `l1` (Li et al. 2017), `group_norm` (L2 norm of the whole coupled group), `bn_scale` (Liu et al. 2017).
+        criterion: `l1` (Li et al. 2017), `group_norm` (L2 norm of the whole coupled group), `bn_scale` (Liu
+            et al. 2017).
         ranking: `uniform`: every layer loses the same share; `global`: layers compete.
-        scope: `interior` keeps the interface of every block, so that its features can still be compared with the
-            teacher's; `all` prunes those channels too.
+        scope: `interior` keeps the interface of every block, so that its features can still be compared with
+            the teacher's; `all` prunes those channels too.
         round_to: channels left are a multiple of it, for speed; layers not larger than it are left alone.
         recalibrate_images: training images on which BatchNorm statistics are estimated anew; 0: not.
     """
@@ -86,14 +87,16 @@ class Prune(Stage):
         )
         if self.scope == "all" and padded:
             raise UserError(
-                f"scope=all: {spec.arch} pads channels in its shortcuts (option A), which fixes them; use scope=interior, "
-                "or network.shortcut=B"
+                f"scope=all: {spec.arch} pads channels in its shortcuts (option A), which fixes them; "
+                "use scope=interior, or network.shortcut=B"
             )
 
     def _uniform_ratio(self, spec: NetworkSpec) -> float:
         if self.ratio is not None:
             return self.ratio
-        return self._smallest_ratio(cost_of(spec).macs, lambda ratio: cost_of(_narrowed(spec, ratio, self.round_to)).macs)
+        return self._smallest_ratio(
+            cost_of(spec).macs, lambda ratio: cost_of(_narrowed(spec, ratio, self.round_to)).macs
+        )
 
     def _smallest_ratio(self, macs: int, macs_left: Callable[[float], int]) -> float:
         assert self.macs is not None
@@ -101,8 +104,8 @@ class Prune(Stage):
         reached = macs_left(LARGEST_RATIO)
         if reached > self.macs * macs:
             raise UserError(
-                f"macs={self.macs:g}: pruning with scope={self.scope}, round_to={self.round_to} can leave no less than "
-                f"{reached / macs:.3f} of the MACs; raise macs, or lower round_to"
+                f"macs={self.macs:g}: pruning with scope={self.scope}, round_to={self.round_to} can leave no "
+                f"less than {reached / macs:.3f} of the MACs; raise macs, or lower round_to"
             )
         while high - low > 1:
             middle = (low + high) // 2
@@ -167,7 +170,7 @@ class Prune(Stage):
 
 @torch.no_grad()
 def estimate_norms(network: BlockNetwork, images: Tensor, batch_size: int) -> None:
-    """Estimate the BatchNorm statistics of `network`, in place, as the mean over batches of `images` (N, C, H, W)."""
+    """Estimate the BatchNorm statistics of `network`, in place: means over batches of `images`."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     network.to(images.device).eval()
@@ -216,20 +219,17 @@ def _narrowed(spec: NetworkSpec, ratio: float, round_to: int) -> NetworkSpec:
 
 
 def _interfaces(network: BlockNetwork) -> Iterator[nn.Module]:
-    """The layers whose outputs are an interface: last of the stem and of every unit, shortcuts, the logits."""
+    """The layers whose outputs are an interface: the stem's, every unit's last, shortcuts, logits."""
     yield from (layer.conv for layer in network.stem if isinstance(layer, ConvLayer))
-    for block in network.blocks:
-        for unit in block:
-            path = unit.branch if isinstance(unit, Residual) else unit
-            yield path[-1].conv
-            if isinstance(unit, Residual) and isinstance(unit.shortcut, ConvLayer):
-                yield unit.shortcut.conv
+    for unit in (unit for block in network.blocks for unit in block.children()):
+        yield path_of(unit)[-1].conv
+        if isinstance(unit, Residual) and isinstance(unit.shortcut, ConvLayer):
+            yield unit.shortcut.conv
     yield _last_linear(network)
 
 
 def _last_linear(network: BlockNetwork) -> nn.Module:
     return [module for module in network.classifier if isinstance(module, nn.Linear)][-1]
-
 
 
 def _named(metrics: Mapping[str, float], moment: str) -> dict[str, float]:

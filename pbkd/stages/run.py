@@ -20,7 +20,7 @@ class StageResult:
 
 
 def run_stage(stage: Stage, context: Context) -> StageResult:
-    """Carry out `stage`; every rank calls it. Accuracy is the final one, in fp32, every sample counted once."""
+    """Carry out `stage`; every rank calls it. Accuracy is the final one, in fp32, each sample once."""
     network = stage.run(context)
     device = context.session.device
     network = network.to(device).eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""`stabilize`: phase one of two-stage distillation; the classifier learns while the features stay as they are."""
+"""`stabilize`: phase one of two-stage distillation; the classifier learns, the features stay as they are."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pbkd.stages.base import Context, Role, TrainingStage, label_objective, same
 class Stabilize(TrainingStage):
     """Train the classifier on the labels, features frozen and BatchNorm in eval mode.
 
-    Our reading of the first phase of Kozynets & Demkiv (2026), with the settings of LP-FT (Kumar et al., ICLR 2022):
-    SGD with momentum, no weight decay.
+    Our reading of the first phase of Kozynets & Demkiv (2026), with the settings of LP-FT (Kumar et al., ICLR
+    2022): SGD with momentum, no weight decay.
     """
 
     kind: Literal["stabilize"] = "stabilize"

@@ -1,4 +1,4 @@
-"""Closed-form least squares for convolutions: the statistics of a regression, and its full or low-rank solution."""
+"""Closed-form least squares for convolutions: statistics of a regression, full and low-rank solution."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def regression(inputs: Tensor, targets: Tensor, conv: nn.Conv2d, max_rows: int, 
 def explaining_channels(activations: Tensor, importance: Tensor, count: int) -> Tensor:
     """The `count` channels that, chosen greedily, explain most of the weighted energy of all channels.
 
-    Column subset selection by pivoted Cholesky: each step takes the channel whose direction accounts for most of what
-    the channels chosen so far leave unexplained.
+    Column subset selection by pivoted Cholesky: each step takes the channel whose direction accounts for most
+    of what the channels chosen so far leave unexplained.
 
     Args:
         activations: (N, C, H, W), what the following layer sees.
-        importance: (C,), weight of each channel's energy, such as the norm of the following layer's filters for it.
+        importance: (C,), weight of each channel's energy, such as the norm of the next layer's filters.
         count: how many channels to choose, at most C.
 
     Returns:

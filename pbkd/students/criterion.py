@@ -1,7 +1,7 @@
-"""What a student block is: the structure criterion of progressive blockwise distillation (Wang et al., IJCAI 2018).
+"""What a student block is: the structure criterion of blockwise distillation (Wang et al., IJCAI 2018).
 
-Every convolution keeps its kernel, stride, padding and dilation and loses a share of its filters; a 1x1 convolution
-restores the block's output channels. The receptive field stays what it was.
+Every convolution keeps its kernel, stride, padding and dilation and loses a share of its filters; a 1x1
+convolution restores the block's output channels. The receptive field stays what it was.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class StudentSettings(BaseModel):
     Attributes:
         width: share of the filters each convolution keeps, in (0, 1]; the paper's is 0.5.
         projection_norm: BatchNorm behind the restoring 1x1 convolution (the paper does not say; default no).
-        projection_relu: ReLU behind it where the teacher's layer ends in one (default yes). In a residual unit the
-            ReLU behind the addition is always kept.
+        projection_relu: ReLU behind it where the teacher's layer ends in one (default yes). In a residual
+            unit the ReLU behind the addition is always kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,6 +1,6 @@
 """The weights a student block starts with: fresh, inherited from the teacher, or solved in closed form.
 
-`least_squares` is pbkd's own (docs/method.md): layer by layer, the student's filters are regressed on the teacher's
+`least_squares` is pbkd's own: layer by layer, the student's filters are regressed on the teacher's
 activations, given what the student really sees, so that each layer corrects the drift of those before it.
 """
 
@@ -11,8 +11,9 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pbkd.networks.block_network import ConvLayer, Residual
+from pbkd.networks.block_network import ConvLayer, Residual, path_of
 from pbkd.networks.weights import initialize_fresh
 from pbkd.students.closed_form import explaining_channels, regression
 
@@ -33,7 +34,7 @@ def initialize_inherit(student: nn.Module, teacher: nn.Module, seed: int) -> Non
     initialize_fresh(student, seed)
     for student_unit, teacher_unit in zip(student.children(), teacher.children(), strict=True):
         _inherit_shortcut(student_unit, teacher_unit)
-        given, (*inner, projection) = _path(teacher_unit), _path(student_unit)
+        given, (*inner, projection) = path_of(teacher_unit), path_of(student_unit)
         kept: Tensor | None = None
         for old, new in zip(given, inner, strict=False):
             kept = _inherit_layer(new, old, kept)
@@ -75,8 +76,8 @@ def initialize_least_squares(
         else:
             target = teacher_unit(teacher_input)
         _solve_path(
-            _path(student_unit),
-            _path(teacher_unit),
+            path_of(student_unit),
+            path_of(teacher_unit),
             student_input,
             teacher_input,
             target,
@@ -122,7 +123,7 @@ def _solve_path(
 def _solve_last_two(
     layer: ConvLayer, projection: ConvLayer, inputs: Tensor, target: Tensor, seed: int, ridge: float
 ) -> None:
-    """A convolution and the 1x1 behind it with no ReLU between are one low-rank map: solve them together."""
+    """A convolution and the 1x1 behind it, no ReLU between, are one low-rank map: solve them together."""
     rank = layer.conv.out_channels
     inner, outer, bias = regression(inputs, target, layer.conv, MAX_ROWS, seed).solve_low_rank(rank, ridge)
     _set_layer(layer, inner, torch.zeros(rank, dtype=torch.float64), inputs)
@@ -130,15 +131,17 @@ def _solve_last_two(
 
 
 def _set_layer(layer: ConvLayer, weights: Tensor, bias: Tensor, inputs: Tensor) -> None:
-    """Make `layer` compute conv(x) + bias; a BatchNorm in it gets the statistics of `inputs` and undoes itself."""
+    """Make `layer` compute conv(x) + bias; its BatchNorm takes the statistics of `inputs`."""
     conv = layer.conv
     conv.weight.copy_(weights.T.reshape(conv.weight.shape))
     if not hasattr(layer, "norm"):
+        assert conv.bias is not None
         conv.bias.copy_(bias)
         return
     if conv.bias is not None:
         conv.bias.zero_()
     norm, outputs = layer.norm, conv(inputs)
+    assert norm.running_mean is not None and norm.running_var is not None
     variance, mean = torch.var_mean(outputs, (0, 2, 3), correction=0)
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(variance)
@@ -151,11 +154,6 @@ def _without_relu(layer: ConvLayer, x: Tensor) -> Tensor:
     return layer.norm(x) if hasattr(layer, "norm") else x
 
 
-def _path(unit: nn.Module) -> list[ConvLayer]:
-    path = unit.branch if isinstance(unit, Residual) else unit
-    return cast(list[ConvLayer], list(path.children()))
-
-
 @torch.no_grad()
 def _inherit_shortcut(student: nn.Module, teacher: nn.Module) -> None:
     if isinstance(student, Residual) and isinstance(teacher, Residual):
@@ -164,22 +162,20 @@ def _inherit_shortcut(student: nn.Module, teacher: nn.Module) -> None:
 
 @torch.no_grad()
 def _inherit_layer(new: ConvLayer, old: ConvLayer, inputs: Tensor | None) -> Tensor:
-    """Copy the strongest filters of `old`, reduced to the input channels `inputs`; their indices, ascending."""
+    """Copy the strongest filters of `old`, cut to the input channels `inputs`; their indices, ascending."""
     strength = old.conv.weight.abs().sum((1, 2, 3))
     if hasattr(old, "norm"):
         strength = strength * old.norm.weight.abs()
     kept = strength.topk(new.conv.out_channels).indices.sort().values
-    weight = old.conv.weight[kept]
+    folded = hasattr(old, "norm") and not hasattr(new, "norm")  # a bias where the teacher has a BatchNorm
+    conv = fuse_conv_bn_eval(old.conv, old.norm) if folded else old.conv
+    weight = conv.weight[kept]
     new.conv.weight.copy_(weight if inputs is None else weight[:, inputs])
+    if new.conv.bias is not None and conv.bias is not None:
+        new.conv.bias.copy_(conv.bias[kept])
     if hasattr(new, "norm"):
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            getattr(new.norm, name).copy_(getattr(old.norm, name)[kept])
-        if new.conv.bias is not None and old.conv.bias is not None:
-            new.conv.bias.copy_(old.conv.bias[kept])
-    elif hasattr(old, "norm"):  # the student's layer has a bias where the teacher's has a BatchNorm
-        gain = old.norm.weight / (old.norm.running_var + old.norm.eps).sqrt()
-        new.conv.weight.mul_(gain[kept].reshape(-1, 1, 1, 1))
-        new.conv.bias.copy_((old.norm.bias - old.norm.running_mean * gain)[kept])
-    else:
-        new.conv.bias.copy_(old.conv.bias[kept])
+        state = old.norm.state_dict()
+        new.norm.load_state_dict(
+            {name: value[kept] if value.dim() else value for name, value in state.items()}
+        )
     return kept

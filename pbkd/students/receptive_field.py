@@ -9,7 +9,7 @@ from pbkd.networks.spec import BlockSpec, ConvSpec, PadShortcut, ResidualUnit, U
 
 
 class ReceptiveField(NamedTuple):
-    """What one output position sees of the input: `size` pixels in a row, from `start`, moving by `stride`."""
+    """What one output position sees of the input: `size` pixels in a row, from `start`, moved by `stride`."""
 
     size: int
     stride: int
