@@ -17,7 +17,7 @@ from types import FrameType
 from pbkd.errors import StageError, UserError
 from pipelines.store import Store
 from pipelines.tracking import read_ids, replay
-from pipelines.views import compare_url, home_url, view_url
+from pipelines.views import compare_url, view_url
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
@@ -106,7 +106,6 @@ def _await(server: "subprocess.Popen[bytes]", address: str, log_path: Path) -> N
 
 
 def _show_pages(store: Store, address: str, show: Callable[[str], None]) -> None:
-    show(f"MLflow: {home_url(address)}")
     titles = {
         "table": "runs",
         "charts": "accuracy against MACs",
@@ -114,6 +113,7 @@ def _show_pages(store: Store, address: str, show: Callable[[str], None]) -> None
     }
     for page, url in pages(store, address).items():
         show(f"{titles[page]}: {url}")
+    show(f"all of MLflow: {address}")
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:

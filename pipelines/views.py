@@ -29,11 +29,6 @@ def headline_params(manifest: Manifest, name: str) -> dict[str, str]:
     return {fact: str(value) for fact, value in facts.items() if value is not None} | {"Stage": name}
 
 
-def home_url(server: str) -> str:
-    """Return the address of the list of experiments."""
-    return f"{server}/#/experiments?{WORKFLOW}"
-
-
 def view_url(server: str, experiment_id: str, charts: bool) -> str:
     """Return the address of the runs page in our view: the charts, or the table."""
     mode = "CHART" if charts else "TABLE"
