@@ -8,12 +8,20 @@ from pbkd.errors import UserError
 from pipelines.lineage import chain
 from pipelines.store import Store
 from pipelines.tracking import Tracker, default_uri
-from tests.integration.recorded_pipeline import PIPELINE, digest, keys, manifest_of, record_pipeline
+from tests.integration.recorded_pipeline import (
+    PIPELINE,
+    digest,
+    empty_database,
+    keys,
+    manifest_of,
+    record_pipeline,
+)
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     store = Store(tmp_path / "runs")
+    empty_database(store.root / "mlflow" / "mlflow.db")
     record_pipeline(store)
     return store
 

@@ -22,6 +22,7 @@ from tests.integration.recorded_pipeline import (
     STAGES,
     START,
     digest,
+    empty_database,
     journal_of,
     keys,
     manifest_of,
@@ -35,7 +36,9 @@ OTHER = "f00dfeed0001"
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "runs")
+    store = Store(tmp_path / "runs")
+    empty_database(store.root / "mlflow" / "mlflow.db")
+    return store
 
 
 def runs_of(uri: str) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def test_writing_again_changes_nothing(store: Store) -> None:
 def test_a_new_database_is_filled_with_the_same(store: Store, tmp_path: Path) -> None:
     record_pipeline(store)
     Tracker(default_uri(store), store, PIPELINE).project()
-    empty = f"sqlite:///{tmp_path / 'empty.db'}"
+    empty = empty_database(tmp_path / "empty.db")
     replay(empty, store)
     assert runs_of(empty) == runs_of(default_uri(store)) and versions_of(empty) == versions_of(
         default_uri(store)
@@ -167,7 +170,7 @@ def test_a_failure_at_any_call_leaves_nothing_twice_and_nothing_out(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record_pipeline(store)
-    uri = f"sqlite:///{tmp_path / 'failing.db'}"
+    uri = empty_database(tmp_path / "failing.db")
     failures = 0
     while True:
         monkeypatch.setattr(
@@ -191,7 +194,7 @@ def test_a_projection_cut_off_anywhere_and_begun_again_gives_the_same(
     record_pipeline(store)
     journal = journal_of(store)
     whole = journal.path.read_bytes()
-    uri = f"sqlite:///{tmp_path / 'cut.db'}"
+    uri = empty_database(tmp_path / "cut.db")
     journal.path.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]) + whole.splitlines()[cut][:9])
     Tracker(uri, store, PIPELINE).project()
     journal.path.write_bytes(whole)
@@ -219,7 +222,7 @@ def test_reused_stages_are_made_from_manifests_where_mlflow_does_not_know_them(
     record_pipeline(store)
     Tracker(default_uri(store), store, PIPELINE).project()
     record_pipeline(store, OTHER, state="reused")
-    empty = f"sqlite:///{tmp_path / 'empty.db'}"
+    empty = empty_database(tmp_path / "empty.db")
     Tracker(empty, store, OTHER).project()
     known, made = runs_of(default_uri(store)), runs_of(empty)
     for name, *_ in STAGES:
@@ -265,8 +268,10 @@ def test_a_resumed_stage_has_one_value_a_step(store: Store) -> None:
 def test_two_pipelines_begin_with_no_database_at_the_same_time(store: Store) -> None:
     record_pipeline(store)
     record_pipeline(store, OTHER, state="reused")
+    (store.root / "mlflow" / "mlflow.db").unlink()
     script = (
-        "import pathlib, sys; from pipelines.store import Store; from pipelines.tracking import Tracker, default_uri\n"
+        "import pathlib, sys\n"
+        "from pipelines.store import Store; from pipelines.tracking import Tracker, default_uri\n"
         "store = Store(pathlib.Path(sys.argv[1])); Tracker(default_uri(store), store, sys.argv[2]).project()"
     )
     command = [sys.executable, "-c", script, str(store.root)]
