@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipelines.run import PipelineResult
 
 app = typer.Typer(
-    help="Make trained CNN classifiers smaller and faster: blockwise distillation, two-stage distillation, pruning.",
+    help="Make trained CNN classifiers smaller and faster by blockwise distillation and pruning.",
     epilog="Start with: pbkd run pipelines/recipes/digits.yaml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -29,7 +29,8 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.blocks.epochs=2.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.blocks.epochs=2."),
 ]
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="PBKD_STORE", help="Folder of finished work.", show_default=True)
@@ -38,8 +39,10 @@ Machine = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for
 
 
 @app.command(epilog="Example: pbkd run pipelines/recipes/digits.yaml seed=1")
-def run(recipe: RecipePath, overrides: Overrides = None, store: StoreOption = Path("runs"), json_: Machine = False) -> None:
-    """Run a recipe. Finished stages are reused; a run that was interrupted goes on when the command is typed again."""
+def run(
+    recipe: RecipePath, overrides: Overrides = None, store: StoreOption = Path("runs"), json_: Machine = False
+) -> None:
+    """Run a recipe. Finished stages are reused; an interrupted run goes on when it is typed again."""
     with _mistakes():
         from rich.console import Console
 
@@ -60,7 +63,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, store: StoreOption = Pa
         with LiveDisplay(console, graph) if console.is_terminal else PlainDisplay(console) as display:
             result = run_pipeline(graph, opened, display)
         if json_:
-            print(json.dumps(_run_report(result)))
+            typer.echo(json.dumps(_run_report(result)))
             return
         out = Console(width=None if sys.stdout.isatty() else 140)
         out.print(result_table(result))
@@ -71,7 +74,9 @@ def run(recipe: RecipePath, overrides: Overrides = None, store: StoreOption = Pa
 
 
 @app.command(epilog="Example: pbkd plan pipelines/recipes/cifar100_vgg16.yaml")
-def plan(recipe: RecipePath, overrides: Overrides = None, store: StoreOption = Path("runs"), json_: Machine = False) -> None:
+def plan(
+    recipe: RecipePath, overrides: Overrides = None, store: StoreOption = Path("runs"), json_: Machine = False
+) -> None:
     """Show what a recipe would run and what its networks would cost; needs neither data nor weights."""
     with _mistakes(), tempfile.TemporaryDirectory() as cache:
         from pipelines.graph import build_graph
@@ -84,7 +89,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None, store: StoreOption = P
         graph = build_graph(loaded, opened, opened.root / "cache" if opened else Path(cache))
         rows = _plan_rows(graph, opened)
         if json_:
-            print(json.dumps({"recipe": loaded.name, "stages": rows}))
+            typer.echo(json.dumps({"recipe": loaded.name, "stages": rows}))
             return
         from rich.console import Console
 
@@ -98,7 +103,9 @@ def plan(recipe: RecipePath, overrides: Overrides = None, store: StoreOption = P
 
 @app.command(epilog="Example: pbkd lineage runs/artifacts/0123abcd...")
 def lineage(
-    reference: Annotated[str, typer.Argument(metavar="RUN_OR_ARTIFACT", help="MLflow run id, stage key or artifact.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ARTIFACT", help="MLflow run id, stage key or artifact.")
+    ],
     store: StoreOption = Path("runs"),
     json_: Machine = False,
 ) -> None:
@@ -114,7 +121,7 @@ def lineage(
         opened = Store(store)
         rows = chain(opened, reference, default_uri(opened))
         if json_:
-            print(json.dumps({"chain": rows}))
+            typer.echo(json.dumps({"chain": rows}))
             return
         _print_chain(rows)
 
@@ -123,7 +130,9 @@ def lineage(
 def ui(
     store: StoreOption = Path("runs"),
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
-    uri: Annotated[str | None, typer.Option(help="MLflow server of the runs, if it is not the store's own.")] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow server of the runs, if it is not the store's own.")
+    ] = None,
 ) -> None:
     """Start the MLflow UI on the store, on this machine only, and print the pages worth opening."""
     with _mistakes():
@@ -133,14 +142,16 @@ def ui(
         from pipelines.ui import serve
 
         if not store.is_dir():
-            raise UserError(f"store {store}: there is no such folder; run a recipe first, or name it by --store DIR")
+            raise UserError(
+                f"store {store}: there is no such folder; run a recipe first, or name it by --store DIR"
+            )
         opened = Store(store)
         serve(opened, uri or default_uri(opened), port)
 
 
 def main() -> None:
     """The console script."""
-    # Idle OpenMP threads that spin starve the other processes of a small machine; read when torch is imported.
+    # Idle OpenMP threads that spin starve other processes of a small machine; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 

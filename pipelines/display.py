@@ -1,4 +1,4 @@
-"""What a person sees of a run: bars while it lasts, one line a stage where there is no terminal, a table at the end."""
+"""What a person sees of a run: bars, or one line a stage where there is no terminal; a table at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pbkd.engine import TrainingSettings
+from pbkd.stages.base import TrainingStage
 from pipelines.graph import Graph, Node
 from pipelines.run import Outcome, PipelineResult
 from pipelines.store import Manifest
@@ -42,13 +42,15 @@ class LiveDisplay:
 
     def started(self, node: Node) -> None:
         """Show a bar for the stage."""
-        self._bars[node.name] = self._progress.add_task(f"  {node.name}", total=_length(node), note=node.stage.kind)
+        self._bars[node.name] = self._progress.add_task(
+            f"  {node.name}", total=_length(node), note=node.stage.kind
+        )
 
     def progress(self, node: Node, row: dict[str, Any]) -> None:
         """Move its bar."""
         if node.name in self._bars:
             stage = node.stage
-            by_steps = isinstance(stage, TrainingSettings) and stage.steps is not None
+            by_steps = isinstance(stage, TrainingStage) and stage.steps is not None
             self._progress.update(
                 self._bars[node.name], completed=row["step"] if by_steps else row["epoch"], note=_note(row)
             )
@@ -88,7 +90,7 @@ class PlainDisplay:
 
 def _length(node: Node) -> float | None:
     stage = node.stage
-    if not isinstance(stage, TrainingSettings):
+    if not isinstance(stage, TrainingStage):
         return None
     return float(stage.steps if stage.steps is not None else stage.epochs or 0) or None
 

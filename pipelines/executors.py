@@ -27,7 +27,7 @@ class Executor(Protocol):
     concurrency: int
 
     def run(self, job: Job, name: str) -> None:
-        """Carry out `job`; returns when its processes have ended. Raises StageError if they failed for good."""
+        """Carry out `job`; returns when its processes have ended. Raises StageError if they failed."""
 
     def close(self) -> None:
         """End what was started."""
@@ -58,13 +58,17 @@ class LocalExecutor:
             if all(code == 0 for code in self._attempt(job)):
                 return
             log.warning("a process of job %s died; it goes on from the last checkpoint", name)
-        raise StageError(f"job {name}: its processes died {self._attempts} times; see what they printed above")
+        raise StageError(
+            f"job {name}: its processes died {self._attempts} times; see what they printed above"
+        )
 
     def _attempt(self, job: Job) -> list[int | None]:
         spawn = multiprocessing.get_context("spawn")
         with tempfile.TemporaryDirectory(prefix="pbkd-") as folder:
             meeting = Path(folder) / "meeting"
-            ranks = [spawn.Process(target=_rank, args=(job, rank, meeting)) for rank in range(job.compute.workers)]
+            ranks = [
+                spawn.Process(target=_rank, args=(job, rank, meeting)) for rank in range(job.compute.workers)
+            ]
             self._processes.update(ranks)
             for process in ranks:
                 process.start()
@@ -109,7 +113,7 @@ def _rank(job: Job, rank: int, meeting: Path) -> None:
         )
     try:
         carry_out(job, rank)
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever it is, the exit code tells the driver
         traceback.print_exc()
         sys.exit(1)
     finally:
@@ -146,16 +150,20 @@ class RayExecutor:
                 failure_config=FailureConfig(max_failures=compute.max_failures),
             ),
         )
-        shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was killed; the store has the checkpoints
+        shutil.rmtree(
+            folder / name, ignore_errors=True
+        )  # of a run that was killed; the store has the checkpoints
         try:
             trainer.fit()
         except Exception as error:  # Ray's own hierarchy of errors has no common base
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-            raise StageError(f"job {name} failed on Ray: {reason}\nits logs are below {folder / name}") from error
+            raise StageError(
+                f"job {name} failed on Ray: {reason}\nits logs are below {folder / name}"
+            ) from error
         shutil.rmtree(folder / name, ignore_errors=True)  # the store has all of it
 
     def connect(self) -> None:
-        """Join the cluster of RAY_ADDRESS, or start one on loopback, with a token only this store's owner can read.
+        """Join the cluster of RAY_ADDRESS, or start one on loopback with a token only its owner can read.
 
         Raises:
             UserError: the cluster can never give what a job asks for.

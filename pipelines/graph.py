@@ -99,7 +99,9 @@ def build_graph(recipe: Recipe, store: Store | None, cache: Path) -> Graph:
         inputs = tuple((role, last.get(other, other)) for role, other in links[name])
         for role, other in inputs:
             if other not in nodes:
-                raise UserError(f"stages.{name}.{role}: there is no stage '{other}'{suggest(other, list(nodes))}")
+                raise UserError(
+                    f"stages.{name}.{role}: there is no stage '{other}'{suggest(other, list(nodes))}"
+                )
         for node in _expanded(name, stage, inputs, nodes):
             nodes[node.name] = _completed(node, nodes, recipe, info, digest, missing, store)
             last[name] = node.name
@@ -115,7 +117,7 @@ def build_graph(recipe: Recipe, store: Store | None, cache: Path) -> Graph:
 
 
 def _links(recipe: Recipe) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Of every stage in the recipe, (role, name) of what it needs; the teacher's own ancestors have no teacher."""
+    """Of every stage, (role, name) of what it needs; the teacher and its ancestors have no teacher."""
     names = list(recipe.stages)
     for key, name in (
         ("teacher", recipe.teacher),
@@ -131,7 +133,9 @@ def _links(recipe: Recipe) -> dict[str, tuple[tuple[str, str], ...]]:
             continue
         origin = stage.from_ or (names[position - 1] if position else None)
         if origin is None:
-            raise UserError(f"stages.{name}.from: the first stage has none before it to start from; begin with a teacher")
+            raise UserError(
+                f"stages.{name}.from: the first stage has none before it to start from; begin with a teacher"
+            )
         group = origin.rpartition(".")[0]
         if origin not in names and group not in names:
             raise UserError(f"stages.{name}.from: there is no stage '{origin}'{suggest(origin, names)}")
@@ -167,7 +171,9 @@ def _order(recipe: Recipe, links: Mapping[str, tuple[tuple[str, str], ...]]) -> 
         sorter.prepare()
     except CycleError as error:
         circle = " <- ".join(reversed(error.args[1]))
-        raise UserError(f"stages: they depend on one another in a circle: {circle}; mend a from or a teacher") from error
+        raise UserError(
+            f"stages: they depend on one another in a circle: {circle}; mend a from or a teacher"
+        ) from error
     order: list[str] = []
     ready = list(sorter.get_ready())
     while ready:
@@ -221,7 +227,13 @@ def _completed(
     spec, unplanned = _spec(node, inputs, info)
     if spec is None and key is not None and store is not None and (manifest := store.manifest(key)):
         spec = artifact.read(store.artifact(manifest.artifact)).spec
-    return replace(node, seed=seed, spec=spec, key=key, reason=reason if key is None else unplanned if spec is None else None)
+    return replace(
+        node,
+        seed=seed,
+        spec=spec,
+        key=key,
+        reason=reason if key is None else unplanned if spec is None else None,
+    )
 
 
 def _spec(node: Node, inputs: Mapping[str, Node], info: DataInfo) -> tuple[NetworkSpec | None, str | None]:
@@ -238,7 +250,7 @@ def _spec(node: Node, inputs: Mapping[str, Node], info: DataInfo) -> tuple[Netwo
 
 
 def stage_seed(seed: int, kind: str, block: int | None) -> int:
-    """The seed of a stage: a function of the recipe's seed, the kind and the block, never of name or position."""
+    """The seed of a stage, from the recipe's seed, the kind and the block; never from name or position."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{kind}/{block}".encode()).digest()[:4], "big")
 
 
@@ -250,7 +262,7 @@ def stage_key(
     digest: str,
     seed: int,
 ) -> str:
-    """sha256 over all that determines a stage's weights, and nothing else (no names, paths, executor, fuse, retries)."""
+    """sha256 over all that determines the weights, and nothing else: no names, paths, executor, retries."""
     identity = {
         "key_version": KEY_VERSION,
         "kind": stage.kind,

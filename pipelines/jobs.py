@@ -1,4 +1,4 @@
-"""A job: a chain of stages carried out one after the other by the same workers, each published before the next."""
+"""A job: a chain of stages carried out in turn by the same workers, each published before the next."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class Job:
 
 
 def carry_out(job: Job, rank: int = 0) -> None:
-    """Run the stages of `job` that are not finished yet, as rank `rank`; with several, the process group is there.
+    """Run the unfinished stages of `job` as rank `rank`; with several ranks, the process group is there.
 
-    A mistake of the user or a failed stage is left in the work folder for the driver (`failure`) instead of raised:
-    trying again would not mend it.
+    A mistake of the user or a failed stage is left in the work folder for the driver (`failure`) instead of
+    raised: trying again would not mend it.
     """
     compute = job.compute
     torch.set_num_threads(compute.worker_threads)
@@ -145,7 +145,9 @@ def _device(compute: Compute) -> torch.device:
     if compute.device == "cpu" or (compute.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("compute.device=cuda: this machine has no GPU that torch can use; set compute.device=auto")
+        raise UserError(
+            "compute.device=cuda: this machine has no GPU that torch can use; set compute.device=auto"
+        )
     return torch.device("cuda", torch.cuda.current_device())
 
 

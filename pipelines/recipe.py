@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,6 +22,7 @@ from pbkd.stages import KINDS, AnyStage, Block, Distill, Load, Progressive, Prun
 
 SMOKE_SAMPLES = {"folder": 64}
 SMOKE_BATCH = 32
+StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class Compute(Precision):
@@ -81,7 +82,7 @@ class Recipe(Settings):
     teacher: str
     student: str
     baselines: tuple[str, ...] = ()
-    stages: dict[str, AnyStage] = Field(min_length=1)
+    stages: dict[StageName, AnyStage] = Field(min_length=1)
 
     def shrunk(self) -> Recipe:
         """The recipe as it runs: itself, or with `smoke` its smallest form."""

@@ -42,7 +42,7 @@ class Display(Protocol):
 
 @dataclass
 class PipelineResult:
-    """What a run leaves: manifests, outcomes and latencies (milliseconds) by stage name, and ids in MLflow."""
+    """What a run leaves: manifests, outcomes and latencies (milliseconds) by stage name; ids in MLflow."""
 
     id: str
     graph: Graph
@@ -91,9 +91,7 @@ def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult
         tracker.close(MLFLOW_SECONDS)
     ids = tracker_ids(store, driver.id)
     seconds = time.monotonic() - started
-    return PipelineResult(
-        driver.id, graph, store, driver.manifests, driver.outcomes, latencies, seconds, ids
-    )
+    return PipelineResult(driver.id, graph, store, driver.manifests, driver.outcomes, latencies, seconds, ids)
 
 
 def tracker_ids(store: Store, identity: str) -> dict[str, Any]:
@@ -184,7 +182,9 @@ class _Driver:
                 if not self._retry_foreign():
                     return
                 continue
-            if any(self.store.manifest(lease.key) for lease in leases):  # its last owner had published after all
+            if any(
+                self.store.manifest(lease.key) for lease in leases
+            ):  # its last owner had published after all
                 _release(_Running(chain, leases))
                 self._observe()
                 continue
@@ -248,7 +248,11 @@ class _Driver:
                     self._announce(running.chain[position + 1])
         for name in list(self.graph.nodes):
             node = self.graph.nodes[name]
-            if name not in self.manifests and name not in self.mine and (manifest := self.store.manifest(_key(node))):
+            if (
+                name not in self.manifests
+                and name not in self.mine
+                and (manifest := self.store.manifest(_key(node)))
+            ):
                 self.foreign.pop(name, None)
                 self._finish(node, manifest)
 
@@ -282,7 +286,7 @@ class _Driver:
             raise StageError(f"stages.{unfinished[0].name}: its job ended without a result")
 
     def measure(self) -> dict[str, float]:
-        """Latency in milliseconds of every stage's network, one image at a time, now that the machine is quiet."""
+        """Latency in milliseconds of every stage's network, one image at a time, now that all is quiet."""
         threads = self.graph.recipe.compute.worker_threads
         name_of_machine = f"{processor()} / {threads} threads / torch {versions()['torch']}"
         latencies = {}
@@ -290,7 +294,9 @@ class _Driver:
             known = self.store.latency(manifest.artifact, name_of_machine)
             if known is None:
                 network = artifact.load(self.store.artifact(manifest.artifact))
-                found = measure_latency(network, network.spec.input_shape, threads=threads, repeats=30, seconds=0.2)
+                found = measure_latency(
+                    network, network.spec.input_shape, threads=threads, repeats=30, seconds=0.2
+                )
                 known = found.median_ms
                 self.store.set_latency(manifest.artifact, name_of_machine, known)
             latencies[name] = known

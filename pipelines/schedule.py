@@ -1,10 +1,10 @@
-"""Which stages run next: those whose inputs are finished, gathered into chains where a job's start would cost more."""
+"""Which stages run next: those whose inputs are finished, in chains where starting a job would cost more."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from pbkd.engine import TrainingSettings
+from pbkd.stages.base import TrainingStage
 from pipelines.graph import Graph, Node
 
 JOB_START_SECONDS = 9.0
@@ -58,7 +58,7 @@ def is_fused(graph: Graph, node: Node) -> bool:
 def estimated_seconds(graph: Graph, node: Node) -> float:
     """A rough guess of how long a stage trains, from its multiply-accumulates and the size of its data."""
     stage, data = node.stage, graph.recipe.data
-    if not isinstance(stage, TrainingSettings):
+    if not isinstance(stage, TrainingStage):
         return 0.0
     samples = min(TRAINING_SAMPLES[data.name], data.limit or 10**9)
     seen = stage.steps * data.batch_size if stage.steps is not None else (stage.epochs or 0) * samples
