@@ -48,7 +48,7 @@ def save(network: BlockNetwork, folder: Path) -> Artifact:
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     weights = weights_digest(tensors)
     spec = network.spec.model_dump(mode="json")
-    digest = hashlib.sha256(json.dumps([FORMAT, spec, weights], sort_keys=True).encode()).hexdigest()
+    digest = _digest(spec, weights)
     description = {
         "format": FORMAT,
         "network": spec,
@@ -70,8 +70,10 @@ def read(folder: Path) -> Artifact:
     path = folder / "spec.json"
     try:
         description = json.loads(path.read_text())
-        spec = NetworkSpec.model_validate(description["network"])
-        return Artifact(folder, description["digest"], description["weights_digest"], spec)
+        weights, digest = description["weights_digest"], description["digest"]
+        if digest != _digest(description["network"], weights):
+            raise ValueError("contents do not match their digest")
+        return Artifact(folder, digest, weights, NetworkSpec.model_validate(description["network"]))
     except OSError as error:
         raise UserError(
             f"{path}: no artifact here ({error.strerror}); give a folder that pbkd wrote"
@@ -121,6 +123,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{path}: cannot be read as safetensors ({error}); it is damaged or another format"
         ) from error
+
+
+def _digest(spec: object, weights: str) -> str:
+    return hashlib.sha256(json.dumps([FORMAT, spec, weights], sort_keys=True).encode()).hexdigest()
 
 
 @torch.inference_mode()

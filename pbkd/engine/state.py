@@ -59,10 +59,14 @@ def apply(
 ) -> None:
     """Put a captured state back, in place."""
     module.load_state_dict(_below(state.tensors, "module/"))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _below(state.tensors, "optimizer/").items():
-        index, _, entry = name.partition("/")
-        entries.setdefault(int(index), {})[entry] = tensor
+        number, _, entry = name.partition("/")
+        like = parameters[int(number)]
+        if tensor.shape == like.shape:  # back into the memory layout of its parameter
+            tensor = torch.empty_like(like).copy_(tensor)
+        entries.setdefault(int(number), {})[entry] = tensor
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     if state.numbers["scaler"]:
         scaler.load_state_dict(state.numbers["scaler"])

@@ -131,6 +131,8 @@ def _vgg_names(network: BlockNetwork) -> dict[str, str]:
         number += 1  # the pooling
     for layer_number in range(1, len(network.spec.classifier.widths)):
         table[f"classifier.{3 * (layer_number - 1)}"] = f"classifier.fc{layer_number}"
+    if len(network.spec.classifier.widths) == 2:  # public CIFAR VGGs have a lone linear layer
+        table["classifier"] = "classifier.fc1"
     return table
 
 

@@ -93,12 +93,11 @@ class Context:
         """Accuracy (percent) and loss on the validation split, over all ranks; empty without one."""
         if not self.data.sizes["val"]:
             return {}
-        found = evaluate(
-            network.to(self.session.device),
-            self.reader("val"),
-            device=self.session.device,
-            reduce=self.session.sum,
-        )
+        device, reader = self.session.device, self.reader("val")
+        try:
+            found = evaluate(network.to(device), reader, device=device, reduce=self.session.sum)
+        finally:
+            reader.close()
         return {"val_accuracy": found.top1, "val_loss": found.loss}
 
 

@@ -30,12 +30,12 @@ class Prune(Stage):
         ratio: share of the channels each layer (or, with `ranking: global`, the network) loses.
         macs: share of the multiply-accumulates that may be left; the smallest ratio that reaches it is taken.
         criterion: `l1` (Li et al. 2017), `group_norm` (L2 norm of the whole coupled group), `bn_scale` (Liu
-            et al. 2017).
+            et al. 2017; layers without BatchNorm by `l1`).
         ranking: `uniform`: every layer loses the same share; `global`: layers compete.
         scope: `interior` keeps the interface of every block, so that its features can still be compared with
             the teacher's; `all` prunes those channels too.
         round_to: channels left are a multiple of it, for speed; layers not larger than it are left alone.
-        recalibrate_images: training images on which BatchNorm statistics are estimated anew; 0: not.
+        recalibrate_images: training images on which BatchNorm statistics are estimated anew; 0: none.
     """
 
     kind: Literal["prune"] = "prune"
@@ -51,6 +51,8 @@ class Prune(Stage):
     def _one_target(self) -> Self:
         if (self.ratio is None) == (self.macs is None):
             raise ValueError("give either ratio (share of channels removed) or macs (share of MACs left)")
+        if self.recalibrate_images == 1:
+            raise ValueError("recalibrate_images is 0 or at least 2: one image has no variance")
         return self
 
     def smoke(self) -> Self:
@@ -136,7 +138,7 @@ class Prune(Stage):
         groups = list(
             graph.get_all_groups(ignored_layers=kept_interfaces, root_module_types=[nn.Conv2d, nn.Linear])
         )
-        scores = [cast(Tensor, self._importance(torch_pruning)(group)).detach() for group in groups]
+        scores = [self._scores(group) for group in groups]
         for group, score, left in zip(groups, scores, self._channels_left(scores, ratio), strict=True):
             if left < len(score):
                 weakest = score.argsort(stable=True)[: len(score) - left].sort().values.tolist()
@@ -154,18 +156,20 @@ class Prune(Stage):
         shares = [float((score < threshold).double().mean()) for score in normalized]
         return [_left(len(score), share, self.round_to) for score, share in zip(scores, shares, strict=True)]
 
-    def _importance(self, torch_pruning: Any) -> Callable[[Any], Any]:
-        importance = torch_pruning.importance
+    def _scores(self, group: Any) -> Tensor:
+        """Importance of each channel of a coupled group (torch_pruning's), (channels,)."""
+        from torch_pruning.pruner.importance import BNScaleImportance, GroupMagnitudeImportance
+
+        by_filter = GroupMagnitudeImportance(p=1, group_reduction="first", normalizer=None)
         match self.criterion:
             case "l1":
-                return cast(
-                    Callable[[Any], Any],
-                    importance.GroupMagnitudeImportance(p=1, group_reduction="first", normalizer=None),
-                )
+                scores = by_filter(group)
             case "group_norm":
-                return cast(Callable[[Any], Any], importance.GroupMagnitudeImportance(p=2, normalizer=None))
+                scores = GroupMagnitudeImportance(p=2, normalizer=None)(group)
             case "bn_scale":
-                return cast(Callable[[Any], Any], importance.BNScaleImportance(normalizer=None))
+                scores = BNScaleImportance(normalizer=None)(group)
+                scores = by_filter(group) if scores is None else scores
+        return cast(Tensor, scores).detach()
 
 
 @torch.no_grad()
@@ -178,8 +182,8 @@ def estimate_norms(network: BlockNetwork, images: Tensor, batch_size: int) -> No
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches
         norm.train()
-    for batch in images.split(batch_size):
-        if len(batch) > 1:
+    for batch in images.split(max(2, batch_size)):
+        if len(batch) > 1:  # one image has no variance
             network(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -38,7 +38,9 @@ class Regression:
     def _solve(self, ridge: float) -> Tensor:
         size = len(self.gram)
         damping = ridge * self.gram.diagonal().mean().clamp_min(1e-12)
-        factor = torch.linalg.cholesky(self.gram + damping * torch.eye(size, dtype=torch.float64))
+        factor = torch.linalg.cholesky(
+            self.gram + damping * torch.eye(size, dtype=torch.float64, device=self.gram.device)
+        )
         return torch.cholesky_solve(self.cross, factor)
 
 
@@ -56,10 +58,10 @@ def regression(inputs: Tensor, targets: Tensor, conv: nn.Conv2d, max_rows: int, 
     dimension, outputs = inputs.shape[1] * conv.kernel_size[0] * conv.kernel_size[1], targets.shape[1]
     per_image = min(positions, max(1, max_rows // images))
     generator = torch.Generator().manual_seed(seed)
-    gram = torch.zeros(dimension, dimension, dtype=torch.float64)
-    cross = torch.zeros(dimension, outputs, dtype=torch.float64)
-    input_sum = torch.zeros(dimension, dtype=torch.float64)
-    target_sum = torch.zeros(outputs, dtype=torch.float64)
+    gram = inputs.new_zeros(dimension, dimension, dtype=torch.float64)
+    cross = inputs.new_zeros(dimension, outputs, dtype=torch.float64)
+    input_sum = inputs.new_zeros(dimension, dtype=torch.float64)
+    target_sum = inputs.new_zeros(outputs, dtype=torch.float64)
     chunk = max(1, ROWS_PER_CHUNK // positions)
     for start in range(0, images, chunk):
         patches = nn.functional.unfold(

@@ -54,11 +54,10 @@ def _student_unit(unit: Unit, settings: StudentSettings) -> Unit:
 
 
 def _student_branch(branch: tuple[ConvSpec, ...], settings: StudentSettings) -> tuple[ConvSpec, ...]:
-    end = branch[-1]
-    if end.kernel == 1:  # a bottleneck already ends in the 1x1 convolution that restores the channels
-        layers = _narrowed(branch[:-1], settings.width)
-    else:
-        layers = _narrowed(branch, settings.width)
+    *before, end = branch
+    restores = bool(before) and (end.kernel, end.stride, end.padding) == (1, 1, 0)
+    # A bottleneck already ends in the 1x1 convolution that restores the channels.
+    layers = _narrowed(tuple(before) if restores else branch, settings.width)
     return (*layers, _projection(layers[-1].out_channels, end.out_channels, False, settings))
 
 
@@ -69,7 +68,7 @@ def _narrowed(layers: tuple[ConvSpec, ...], width: float) -> tuple[ConvSpec, ...
         if out < 1:
             raise UserError(
                 f"width={width:g} leaves a convolution of {layer.out_channels} filters without any; "
-                f"it must be at least {0.5 / layer.out_channels:.3g}"
+                f"take at least {1 / layer.out_channels:.3g}"
             )
         narrowed.append(layer.model_copy(update={"in_channels": channels, "out_channels": out}))
         channels = out

@@ -106,14 +106,13 @@ def _solve_path(
         following = teacher[position + 1] if position + 1 < len(teacher) else None
         activation = teacher_input.relu() if hasattr(old, "relu") else teacher_input
         importance = (
-            torch.ones(old.conv.out_channels)
+            torch.ones(old.conv.out_channels, device=activation.device)
             if following is None
             else following.conv.weight.pow(2).sum((0, 2, 3)).sqrt()
         )
         kept = explaining_channels(activation, importance, new.conv.out_channels)
-        weights, bias = regression(student_input, teacher_input[:, kept], new.conv, MAX_ROWS, seed).solve(
-            ridge
-        )
+        fitted = regression(student_input, teacher_input[:, kept], new.conv, MAX_ROWS, seed)
+        weights, bias = fitted.solve(ridge)
         _set_layer(new, weights, bias, student_input)
         student_input, teacher_input = new(student_input), activation
     weights, bias = regression(student_input, target, projection.conv, MAX_ROWS, seed).solve(ridge)
@@ -126,7 +125,7 @@ def _solve_last_two(
     """A convolution and the 1x1 behind it, no ReLU between, are one low-rank map: solve them together."""
     rank = layer.conv.out_channels
     inner, outer, bias = regression(inputs, target, layer.conv, MAX_ROWS, seed).solve_low_rank(rank, ridge)
-    _set_layer(layer, inner, torch.zeros(rank, dtype=torch.float64), inputs)
+    _set_layer(layer, inner, bias.new_zeros(rank), inputs)
     _set_layer(projection, outer, bias, layer(inputs))
 
 
