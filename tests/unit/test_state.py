@@ -1,0 +1,100 @@
+"""Checkpoints: everything comes back, and a damaged one is never believed."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pbkd.engine import CheckpointFolder, OptimizerSettings, State
+from pbkd.engine.state import apply, capture
+
+
+def state(step: int) -> State:
+    tensors = {"module/w": torch.full((3, 2), float(step)), "optimizer/0/step": torch.tensor(step)}
+    return State(step, tensors, {"scaler": {}, "counted": step}, [{"step": step, "train_loss": 0.1 + 0.2}])
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "new" / "folder")
+    assert folder.restore() is None
+    folder.save(state(7))
+    found = folder.restore()
+    assert found is not None
+    assert (found.step, found.numbers, found.history) == (7, state(7).numbers, state(7).history)
+    assert torch.equal(found.tensors["module/w"], state(7).tensors["module/w"])
+    assert found.tensors["optimizer/0/step"].dtype == torch.int64
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2, 9, 10, 10):
+        folder.save(state(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000009", "step-000000010"]
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "gone"])
+def test_a_damaged_newest_is_passed_over_with_a_warning(
+    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(state(1))
+    folder.save(state(2))
+    file = tmp_path / "step-000000002" / name
+    content = bytearray(file.read_bytes())
+    match damage:
+        case "cut":
+            file.write_bytes(content[:-3])
+        case "flip":
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+        case "empty":
+            file.write_bytes(b"")
+        case "gone":
+            file.unlink()
+    with caplog.at_level(logging.WARNING):
+        found = folder.restore()
+    assert found is not None
+    assert found.step == 1
+    assert "step-000000002 is damaged" in caplog.text
+
+
+def test_a_crash_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    folder.save(state(1))
+    (tmp_path / ".partial-1-2").mkdir()
+    (tmp_path / ".partial-1-2" / "state.safetensors").write_bytes(b"half")
+    found = folder.restore()
+    assert found is not None
+    assert found.step == 1
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_captured_state_is_independent_and_complete(name: str) -> None:
+    def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            module(torch.ones(2, 3, 4, 4)).square().sum().backward()
+            optimizer.step()
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+        settings = OptimizerSettings.model_validate({"name": name, "lr": 0.01})
+        return module, settings.build(module)
+
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    module, optimizer = build()
+    train(module, optimizer, 3)
+    kept = capture(3, module, optimizer, scaler, [])
+    train(module, optimizer, 2)
+    other, its_optimizer = build()
+    apply(kept, other, its_optimizer, scaler)
+    train(other, its_optimizer, 2)
+    assert all(torch.equal(tensor, module.state_dict()[n]) for n, tensor in other.state_dict().items())
+    restored = [
+        value for entry in its_optimizer.state.values() for value in entry.values() if value.dim() == 4
+    ]
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in restored)
