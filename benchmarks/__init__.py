@@ -1,0 +1,1 @@
+"""Measurements, side by side, whose results are committed as CSV."""
