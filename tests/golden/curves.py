@@ -1,0 +1,64 @@
+"""Short seeded trainings of every kind of stage, and their recorded losses.
+
+Whoever changes numbers on purpose raises the version of the stage or engine and records again:
+
+    python -m tests.golden.curves
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pbkd.data import DataSettings, open_data
+from pbkd.engine import LocalSession, Precision
+from pbkd.networks import BlockNetwork
+from pbkd.stages import Block, Context, Distill, Prune, Stabilize, Stage, Train, run_stage
+
+RECORDED = Path(__file__).parent / "losses.json"
+TRAINING: dict[str, Any] = {"epochs": 3, "optimizer": {"lr": 0.05, "clip": 5.0}}
+NETWORK = {"arch": "resnet20", "base_width": 8}
+
+Curves = dict[str, list[float]]
+
+
+def curves() -> dict[str, Curves]:
+    """Stage -> quantity -> its values, one per epoch (one in all for what is measured at the end)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums depend on how they are shared among threads
+    try:
+        return _curves()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _curves() -> dict[str, Curves]:
+    data = open_data(DataSettings(name="digits", batch_size=50, limit=200))
+    found: dict[str, Curves] = {}
+
+    def run(name: str, stage: Stage, **inputs: BlockNetwork) -> BlockNetwork:
+        roles = {role.removesuffix("_"): network for role, network in inputs.items()}
+        result = run_stage(stage, Context(LocalSession(), roles, data, 7, Precision()))
+        found[name] = {"test_loss": [result.metrics["test_loss"]]}
+        for quantity in ("train_loss", "train_local_loss", "val_loss"):
+            if values := [row[quantity] for row in result.history if quantity in row]:
+                found[name][quantity] = values
+        return result.network
+
+    teacher = run("train", Train.model_validate({"network": NETWORK, **TRAINING}))
+    student = teacher
+    for block, init in ((1, "least_squares"), (2, "inherit"), (3, "kaiming")):
+        settings = {"block": block, "init": init, "init_images": 64, **TRAINING}
+        student = run(f"block_{init}", Block.model_validate(settings), from_=student, teacher=teacher)
+    student = run("stabilize", Stabilize(epochs=3), from_=student, teacher=teacher)
+    student = run("distill", Distill.model_validate(TRAINING), from_=student, teacher=teacher)
+    student = run("prune", Prune(macs=0.7, round_to=2, recalibrate_images=64), from_=student, teacher=teacher)
+    fresh = Distill.model_validate({"weights": "fresh", **TRAINING})
+    run("distill_fresh", fresh, from_=student, teacher=teacher)
+    run("fine_tune", Train.model_validate({"weights": "keep", **TRAINING}), from_=student, teacher=teacher)
+    return found
+
+
+if __name__ == "__main__":
+    RECORDED.write_text(json.dumps(curves(), indent=1) + "\n")
