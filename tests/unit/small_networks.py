@@ -1,5 +1,6 @@
 """Networks small enough to train within a test, and random blocks for properties of all of them."""
 
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,7 @@ CHANNELS = (8, 16)
 torch.set_num_threads(1)
 
 
+@cache
 def digits(limit: int | None = None) -> Data:
     return open_data(DataSettings(name="digits", batch_size=50, limit=limit))
 

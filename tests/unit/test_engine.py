@@ -306,3 +306,23 @@ def test_the_papers_cifar_schedule_falls_after_three_of_six_epochs() -> None:
 def test_settings_that_make_no_sense_are_refused(model: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         model(**settings)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dropout_is_drawn_anew_each_step_in_the_trained_part_and_never_in_a_frozen_one(
+    dropout: float,
+) -> None:
+    network = fresh(small_vgg(norm=False, dropout=dropout), 0).eval()
+    reader = digits(limit=50).reader("train", 50, 1, shuffle=True)
+    settings = TrainingSettings(epochs=2, optimizer=OptimizerSettings(lr=1e-9, weight_decay=0.0))
+    images, labels = next(iter(reader))
+    with torch.no_grad():
+        undisturbed = pytest.approx(float(cross_entropy(network(images), labels).mean()), rel=1e-5)
+
+    task = Task(network.blocks[1], label_objective, prefix=network.prefix(1), suffix=network.suffix(1))
+    rows = fit(task, settings, reader, LocalSession(), 0)
+    assert [row["train_loss"] for row in rows] == [undisturbed, undisturbed]
+
+    first, second = fit(Task(network, label_objective), settings, reader, LocalSession(), 0)
+    assert (first["train_loss"] == undisturbed) == (dropout == 0.0)
+    assert (first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)) == (dropout == 0.0)

@@ -49,7 +49,7 @@ def check(pruned: BlockNetwork) -> None:
 
 
 @pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("criterion", ["l1", "group_norm", "bn_scale"])
+@pytest.mark.parametrize("criterion", ["l1", "bn_scale"])
 @pytest.mark.parametrize("target", [{"ratio": 0.5}, {"macs": 0.6}], ids=["ratio", "macs"])
 def test_uniform_interior_pruning_gives_what_was_planned(
     kind: str, criterion: str, target: dict[str, float]
@@ -75,10 +75,10 @@ def test_uniform_interior_pruning_gives_what_was_planned(
         assert macs(pruned) <= 0.6 * macs(network)
 
 
-@pytest.mark.parametrize("kind", ["vgg_bn", "basic_b", "bottleneck"])
+@pytest.mark.parametrize("kind", ["vgg_bn", "basic_b"])
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 @pytest.mark.parametrize("scope", ["interior", "all"])
-@pytest.mark.parametrize("criterion", ["l1", "bn_scale"])
+@pytest.mark.parametrize("criterion", ["group_norm", "bn_scale"])
 def test_macs_target_is_met_in_every_mode(kind: str, ranking: str, scope: str, criterion: str) -> None:
     network = network_of(kind)
     settings = {"macs": 0.7, "ranking": ranking, "scope": scope, "criterion": criterion}
