@@ -313,7 +313,7 @@ def test_dropout_is_drawn_anew_each_step_in_the_trained_part_and_never_in_a_froz
     dropout: float,
 ) -> None:
     network = fresh(small_vgg(norm=False, dropout=dropout), 0).eval()
-    reader = digits(limit=50).reader("train", 50, 1, shuffle=True)
+    reader = digits(limit=50).reader("train", 50)  # the same batch in the same order, every epoch
     settings = TrainingSettings(epochs=2, optimizer=OptimizerSettings(lr=1e-9, weight_decay=0.0))
     images, labels = next(iter(reader))
     with torch.no_grad():
