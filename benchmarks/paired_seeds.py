@@ -3,7 +3,7 @@
     python -m benchmarks.paired_seeds pipelines/recipes/digits.yaml --seeds 5
 
 Adds one row a stage and seed to benchmarks/results/RECIPE.csv (final epoch, test set), and prints means, standard
-deviations and the paired differences with their 95 % intervals. What is finished in the store is not run again.
+deviations and the paired differences with their 95 % intervals. What is finished in the store is reused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ COLUMNS = (
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--seeds", type=int, default=5)
@@ -41,12 +42,13 @@ def main() -> None:
         report = run(arguments.recipe, [*arguments.overrides, f"seed={seed}"], arguments.store)
         reports.append(report)
         write(out, [row(report, stage, seed, arguments.overrides) for stage in report["stages"]])
-    print(summary(reports))
+    sys.stdout.write(summary(reports) + "\n")
 
 
 def run(recipe: Path, overrides: list[str], store: Path) -> dict[str, Any]:
     """What `pbkd run --json` says of one run."""
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), *overrides, "--store", str(store), "--json"]
+    pbkd = [sys.executable, "-m", "pipelines.cli"]
+    command = [*pbkd, "run", str(recipe), *overrides, "--store", str(store), "--json"]
     report: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return report
 
@@ -95,8 +97,7 @@ def summary(reports: list[dict[str, Any]]) -> str:
         for name in names
     }
     lines = [f"{len(reports)} seeds, final epoch, test accuracy in percent"]
-    for name in names:
-        lines.append(f"  {name:<24}{mean_sd(accuracy[name])}")
+    lines += [f"  {name:<24}{mean_sd(accuracy[name])}" for name in names]
     student = reports[0]["student"]
     lines.append(f"{student} minus:")
     for other in (reports[0]["teacher"], *reports[0]["baselines"]):
