@@ -2,8 +2,8 @@
 
     python -m benchmarks.paired_seeds pipelines/recipes/digits.yaml --seeds 5
 
-Adds one row a stage and seed to benchmarks/results/RECIPE.csv (final epoch, test set), and prints means, standard
-deviations and the paired differences with their 95 % intervals. What is finished in the store is reused.
+Adds one row a stage and seed to benchmarks/results/RECIPE.csv (final epoch, test set), and prints means,
+standard deviations and the paired differences with their 95 % intervals. Finished stages are reused.
 """
 
 from __future__ import annotations
