@@ -42,9 +42,11 @@ class Journal:
         A last line without its end is left for the next call; a line torn by a crash is skipped, with a
         warning.
         """
-        if not self.path.exists():
-            return [], after_offset
-        with self.path.open("rb") as file:
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return [], after_offset  # not begun, or, of a stage's progress, removed with the finished work
+        with file:
             file.seek(after_offset)
             data = file.read()
         complete = data[: data.rfind(b"\n") + 1]

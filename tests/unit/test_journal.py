@@ -1,6 +1,7 @@
 """The journal loses nothing but a line torn by a crash."""
 
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,20 @@ def test_a_line_torn_by_a_crash_does_not_take_the_next_one_with_it(
     with caplog.at_level(logging.WARNING):
         assert journal.read()[0] == [{"a": 1, "time": 0}, {"c": 3, "time": 0}]
     assert "torn" in caplog.text
+
+
+def test_a_journal_removed_while_it_is_read_reads_as_empty(journal: Journal) -> None:
+    is_over = threading.Event()
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            journal.path.touch()
+            journal.path.unlink()
+
+    writer = threading.Thread(target=come_and_go)
+    writer.start()
+    try:
+        assert all(journal.read(7) == ([], 7) for _ in range(3000))
+    finally:
+        is_over.set()
+        writer.join()
