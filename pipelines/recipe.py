@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -103,27 +104,38 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: names the file, the key, what was found, what was expected.
     """
-    try:
-        given = OmegaConf.load(path)
-    except OSError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"{path}: cannot be read ({error.strerror}){hint}") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not a YAML file: {reason}") from error
-    if not isinstance(given, DictConfig):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values, found {type(given).__name__}")
+    given = _read(path)
     for override in overrides:
         given = _override(given, override)
     try:
         content = OmegaConf.to_container(given, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())[:200]}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: '{error.full_key}': {reason}") from error
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UserError(_explain(path, error)) from error
+        raise UserError(f"{path}: {_explain(error, content)}") from error
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{path}: cannot be read ({error.strerror}){hint}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8: {error.reason} at byte {error.start}") from error
+    if not text.strip():
+        raise UserError(f"{path}: is empty; see pipelines/recipes/digits.yaml for what a recipe holds")
+    try:
+        given = OmegaConf.load(StringIO(text))
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a YAML mapping: {_one_line(error)}") from error
+    if not isinstance(given, DictConfig):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, found a list")
+    return given
 
 
 def _override(given: DictConfig, override: str) -> DictConfig:
@@ -133,41 +145,59 @@ def _override(given: DictConfig, override: str) -> DictConfig:
     try:
         merged = OmegaConf.merge(given, OmegaConf.from_dotlist([override]))
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"override '{override}': cannot be applied: {reason}") from error
-    if not isinstance(merged, DictConfig):
-        raise UserError(f"override '{override}': cannot be applied to a recipe")
+        raise UserError(f"override '{override}': cannot be applied: {_one_line(error)}") from error
+    assert isinstance(merged, DictConfig), "a mapping merged with a mapping"
     return merged
 
 
-def _explain(path: Path, error: ValidationError) -> str:
-    problems = error.errors(include_url=False)
-    text = f"{path}: {_sentence(problems[0])}"
-    if len(problems) > 1:
-        text += f"\n(and {len(problems) - 1} more)"
-    return text
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
-def _sentence(problem: ErrorDetails) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(part for part in location if part not in _TAGS)
+def _explain(error: ValidationError, content: Any) -> str:
+    """The first mistake, and how many more there are; a union's branches complain of the same place once."""
+    places: dict[str, list[ErrorDetails]] = {}
+    for problem in error.errors(include_url=False):
+        places.setdefault(".".join(_place(problem, content)), []).append(problem)
+    # Of a union, the branch that got furthest is the one that was meant.
+    meant = [key for key in places if not any(other.startswith(f"{key}.") for other in places)]
+    text = _sentence(meant[0], places[meant[0]], content)
+    return text if len(meant) == 1 else f"{text}\n(and {len(meant) - 1} more)"
+
+
+def _place(problem: ErrorDetails, content: Any) -> list[str]:
+    """The key in the recipe; pydantic's location also names the branches of unions."""
+    place = []
+    for part in problem["loc"]:
+        is_item = isinstance(content, list) and isinstance(part, int) and part < len(content)
+        if is_item or (isinstance(content, dict) and part in content):
+            content = content[part]
+            place.append(str(part))
+    return [*place, str(problem["loc"][-1])] if problem["type"] == "missing" else place
+
+
+def _sentence(key: str, problems: Sequence[ErrorDetails], content: Any) -> str:
+    problem = problems[0]
     found = problem.get("input")
     match problem["type"]:
         case "extra_forbidden":
-            known = list(_fields(location[:-1]))
-            return f"unknown key '{key}'{suggest(location[-1], known)}"
+            *outer, name = key.split(".")
+            said = f"unknown key '{key}'{suggest(name, _known_keys(outer, content))}"
         case "missing":
-            return f"key '{key}' is missing"
+            said = f"key '{key}' is missing"
         case "union_tag_invalid":
-            kind = found.get("kind") if isinstance(found, dict) else found
-            return f"'{key}.kind' is '{kind}', which is no kind of stage{suggest(str(kind), KINDS)}"
+            kind = str(found.get("kind") if isinstance(found, dict) else found)
+            said = f"'{key}.kind' is '{kind}', which is no kind of stage{suggest(kind, KINDS)}"
         case "union_tag_not_found":
-            return f"'{key}.kind' is missing; it is one of {', '.join(KINDS)}"
+            said = f"'{key}.kind' is missing; it is one of {', '.join(KINDS)}"
         case "value_error":
-            return f"'{key}': {problem['msg'].removeprefix('Value error, ')}"
+            said = f"'{key}': {problem['msg'].removeprefix('Value error, ')}"
+        case "string_pattern_mismatch":
+            said = f"'{key}': expected a name of letters, digits, '_' and '-', found {_short(found)}"
         case _:
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            return f"'{key}': {message}, found {_short(found)}"
+            branches = dict.fromkeys(other["msg"].replace("Input should be ", "") for other in problems)
+            said = f"'{key}': expected {' or '.join(branches)}, found {_short(found)}"
+    return said
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
@@ -185,22 +215,20 @@ _STAGES: dict[str, type[BaseModel]] = {
     "distill": Distill,
     "prune": Prune,
 }
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "data": DataSettings,
-    "compute": Compute,
-    "tracking": Tracking,
-    "optimizer": OptimizerSettings,
-    "network": NetworkSettings,
-}
-# Parts of an error's location that pydantic adds for the branches of a union.
-_TAGS = {*_STAGES, "float", "int", "bool", "constrained-float", "tuple[constrained-float, ...]"}
-_TAGS |= {"literal['auto']", "constrained-int"}
+_SECTIONS: dict[str, type[BaseModel]] = {"data": DataSettings, "compute": Compute, "tracking": Tracking}
+_STAGE_SECTIONS: dict[str, type[BaseModel]] = {"optimizer": OptimizerSettings, "network": NetworkSettings}
 
 
-def _fields(location: Sequence[str]) -> Sequence[str]:
+def _known_keys(place: Sequence[str], content: Any) -> list[str]:
+    """What may be written at `place` in a recipe."""
     model: type[BaseModel] = Recipe
-    for part in location:
-        model = _SECTIONS.get(part) or _STAGES.get(part) or model
+    match place:
+        case [section]:
+            model = _SECTIONS[section]
+        case ["stages", name]:
+            model = _STAGES[content["stages"][name]["kind"]]
+        case ["stages", _, section]:
+            model = _STAGE_SECTIONS[section]
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
