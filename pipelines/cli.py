@@ -8,8 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -17,12 +16,23 @@ import typer
 
 if TYPE_CHECKING:
     from pipelines.graph import Graph
+    from pipelines.recipe import Recipe
     from pipelines.run import PipelineResult
+    from pipelines.store import Store
+
+ENVIRONMENT = {
+    # Idle OpenMP threads that spin starve other processes of a small machine; read when torch is imported.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # It reports to its makers unless told not to.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+DEFAULT_STORE = Path("runs")
+WIDTH_WITHOUT_TERMINAL = 140
+STOPPED = 128 + signal.SIGINT
 
 app = typer.Typer(
     help="Make trained CNN classifiers smaller and faster by blockwise distillation and pruning.",
     epilog="Start with: pbkd run pipelines/recipes/digits.yaml",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -40,65 +50,73 @@ Machine = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for
 
 @app.command(epilog="Example: pbkd run pipelines/recipes/digits.yaml seed=1")
 def run(
-    recipe: RecipePath, overrides: Overrides = None, store: StoreOption = Path("runs"), json_: Machine = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    store: StoreOption = DEFAULT_STORE,
+    json_: Machine = False,
 ) -> None:
     """Run a recipe. Finished stages are reused; an interrupted run goes on when it is typed again."""
-    with _mistakes():
-        from rich.console import Console
+    from rich.console import Console
 
-        from pipelines.display import LiveDisplay, PlainDisplay, result_table
-        from pipelines.graph import build_graph
-        from pipelines.recipe import load_recipe
-        from pipelines.run import run_pipeline
-        from pipelines.store import Store
+    from pipelines.display import LiveDisplay, LogLines, PlainDisplay, result_table
+    from pipelines.executors import require_machine
+    from pipelines.graph import require_keys
+    from pipelines.recipe import load_recipe
+    from pipelines.run import run_pipeline
+    from pipelines.store import Store
 
-        def interrupt(number: int, frame: object) -> NoReturn:
-            raise KeyboardInterrupt
-
-        signal.signal(signal.SIGTERM, interrupt)
+    console = Console(stderr=True)
+    logging.getLogger().addHandler(LogLines(console))
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
         loaded = load_recipe(recipe, overrides or [])
-        opened = Store(store)
-        graph = build_graph(loaded, opened, opened.root / "cache")
-        console = Console(stderr=True)
+        opened = _existing(store)
+        graph = _graph(recipe, loaded, opened)
+        require_keys(graph)
+        if opened is None:  # made only now: a mistake leaves nothing behind
+            require_machine(graph.recipe.compute)
+            opened = Store(store)
         with LiveDisplay(console, graph) if console.is_terminal else PlainDisplay(console) as display:
             result = run_pipeline(graph, opened, display)
-        if json_:
-            typer.echo(json.dumps(_run_report(result)))
-            return
-        out = Console(width=None if sys.stdout.isatty() else 140)
-        out.print(result_table(result))
-        student = result.manifests[graph.student]
-        out.print(f"\nstudent: {opened.artifact(student.artifact)}", soft_wrap=True)
-        where = "" if os.environ.get("PBKD_STORE") or store == Path("runs") else f" --store {store}"
-        out.print(f"next:    pbkd ui{where}    pbkd lineage {student.artifact[:12]}{where}", soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(STOPPED) from None
+    if json_:
+        typer.echo(json.dumps(_run_report(result)))
+        return
+    out = _output()
+    out.print(result_table(result))
+    student = result.manifests[graph.student]
+    out.print(f"\nstudent: {opened.artifact(student.artifact)}", soft_wrap=True)
+    is_default = store == Path(os.environ.get("PBKD_STORE", DEFAULT_STORE))
+    where = "" if is_default else f" --store {store}"
+    out.print(f"next:    pbkd ui{where}    pbkd lineage {student.artifact[:12]}{where}", soft_wrap=True)
 
 
 @app.command(epilog="Example: pbkd plan pipelines/recipes/cifar100_vgg16.yaml")
 def plan(
-    recipe: RecipePath, overrides: Overrides = None, store: StoreOption = Path("runs"), json_: Machine = False
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    store: StoreOption = DEFAULT_STORE,
+    json_: Machine = False,
 ) -> None:
     """Show what a recipe would run and what its networks would cost; needs neither data nor weights."""
-    with _mistakes(), tempfile.TemporaryDirectory() as cache:
-        from pipelines.graph import build_graph
-        from pipelines.recipe import load_recipe
-        from pipelines.store import Store
+    from pipelines.recipe import load_recipe
 
-        loaded = load_recipe(recipe, overrides or [])
-        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"download": False})})
-        opened = Store(store) if store.is_dir() else None
-        graph = build_graph(loaded, opened, opened.root / "cache" if opened else Path(cache))
-        rows = _plan_rows(graph, opened)
-        if json_:
-            typer.echo(json.dumps({"recipe": loaded.name, "stages": rows}))
-            return
-        from rich.console import Console
+    loaded = load_recipe(recipe, overrides or [])
+    loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"download": False})})
+    opened = _existing(store)
+    graph = _graph(recipe, loaded, opened)
+    rows = _plan_rows(graph, opened)
+    if json_:
+        typer.echo(json.dumps({"recipe": loaded.name, "stages": rows}))
+        return
+    from pipelines.display import plan_table
 
-        from pipelines.display import plan_table
-
-        out = Console(width=None if sys.stdout.isatty() else 140)
-        out.print(plan_table(rows, loaded.name))
-        for reason in dict.fromkeys(row["reason"] for row in rows if row["reason"]):
-            out.print(f"unknown: {reason}", soft_wrap=True, markup=False)
+    out = _output()
+    out.print(plan_table(rows, loaded.name))
+    for reason in dict.fromkeys(row["reason"] for row in rows if row["reason"]):
+        out.print(f"unknown: {reason}", soft_wrap=True, markup=False)
 
 
 @app.command(epilog="Example: pbkd lineage runs/artifacts/0123abcd...")
@@ -106,82 +124,105 @@ def lineage(
     reference: Annotated[
         str, typer.Argument(metavar="RUN_OR_ARTIFACT", help="MLflow run id, stage key or artifact.")
     ],
-    store: StoreOption = Path("runs"),
+    store: StoreOption = DEFAULT_STORE,
     json_: Machine = False,
 ) -> None:
     """Show the stages a network was made from, back to the teacher and the data."""
-    with _mistakes():
-        from pbkd.errors import UserError
-        from pipelines.lineage import chain
-        from pipelines.store import Store
-        from pipelines.tracking import default_uri
+    from pipelines.lineage import chain
+    from pipelines.tracking import default_uri
 
-        if not store.is_dir():
-            raise UserError(f"store {store}: there is no such folder; name it by --store DIR or PBKD_STORE")
-        opened = Store(store)
-        rows = chain(opened, reference, default_uri(opened))
-        if json_:
-            typer.echo(json.dumps({"chain": rows}))
-            return
+    opened = _required(store)
+    rows = chain(opened, reference, default_uri(opened))
+    if json_:
+        typer.echo(json.dumps({"chain": rows}))
+    else:
         _print_chain(rows)
 
 
 @app.command(epilog="Example: pbkd ui --port 5001")
 def ui(
-    store: StoreOption = Path("runs"),
+    store: StoreOption = DEFAULT_STORE,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
     uri: Annotated[
         str | None, typer.Option(help="MLflow server of the runs, if it is not the store's own.")
     ] = None,
 ) -> None:
     """Start the MLflow UI on the store, on this machine only, and print the pages worth opening."""
-    with _mistakes():
-        from pbkd.errors import UserError
-        from pipelines.store import Store
-        from pipelines.tracking import default_uri
-        from pipelines.ui import serve
+    from pipelines.tracking import default_uri
+    from pipelines.ui import serve
 
-        if not store.is_dir():
-            raise UserError(
-                f"store {store}: there is no such folder; run a recipe first, or name it by --store DIR"
-            )
-        opened = Store(store)
-        serve(opened, uri or default_uri(opened), port)
+    opened = _required(store)
+    serve(opened, uri or default_uri(opened), port)
 
 
-def main() -> None:
-    """The console script."""
-    # Idle OpenMP threads that spin starve other processes of a small machine; read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The console script. Returns 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C and SIGTERM."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        code = app(
+            list(sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False
+        )
+    except typer.TyperException as error:
+        _complain(f"{error.format_message()}\nsee pbkd --help")
+        return error.exit_code
+    except Exception as error:
+        from pbkd.errors import StageError, UserError
+
+        if not isinstance(error, UserError | StageError):
+            raise
+        _complain(str(error))
+        return 2 if isinstance(error, UserError) else 1
+    return int(code or 0)
 
 
-@contextmanager
-def _mistakes() -> Iterator[None]:
-    """A user's mistake is a message and exit code 2; a failed stage a message and 1; Ctrl-C 130."""
+def _complain(message: str) -> None:
     from rich.console import Console
-    from rich.logging import RichHandler
-
-    from pbkd.errors import StageError, UserError
 
     console = Console(stderr=True, soft_wrap=True)
-    handler = RichHandler(console=console, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    try:
-        yield
-    except (UserError, StageError) as error:
-        console.print("[bold red]error:[/] ", end="")
-        console.print(str(error), markup=False, highlight=False)
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from None
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        sys.stderr.close()
-        raise typer.Exit(1) from None
+    console.print("[bold red]error:[/] ", end="")
+    console.print(message, markup=False, highlight=False)
 
 
-def _plan_rows(graph: Graph, store: Any) -> list[dict[str, Any]]:
+def _interrupt(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is the orderly end
+    raise KeyboardInterrupt
+
+
+def _output() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+
+
+def _existing(path: Path) -> Store | None:
+    """The store, if it is one already: looking at a recipe makes none."""
+    from pipelines.store import Store
+
+    return Store(path) if (path / "manifests").is_dir() else None
+
+
+def _required(path: Path) -> Store:
+    from pbkd.errors import UserError
+
+    store = _existing(path)
+    if store is None:
+        raise UserError(f"store {path}: there is none; run a recipe first, or name it by --store DIR")
+    return store
+
+
+def _graph(path: Path, recipe: Recipe, store: Store | None) -> Graph:
+    from pbkd.errors import UserError
+    from pipelines.graph import build_graph
+
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            return build_graph(recipe, store, store.root / "cache" if store else Path(cache))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+
+def _plan_rows(graph: Graph, store: Store | None) -> list[dict[str, Any]]:
     from pipelines.graph import finished
 
     done = finished(graph, store) if store is not None else {}
@@ -265,4 +306,4 @@ def _print_chain(rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -11,9 +12,23 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from pbkd.stages.base import TrainingStage
+from pipelines.driver import Outcome
 from pipelines.graph import Graph, Node
-from pipelines.run import Outcome, PipelineResult
+from pipelines.run import PipelineResult
 from pipelines.store import Manifest
+
+
+class LogLines(logging.Handler):
+    """One line for a warning, above the bars if there are any."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        self._console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 class LiveDisplay:
@@ -46,7 +61,7 @@ class LiveDisplay:
             f"  {node.name}", total=_length(node), note=node.stage.kind
         )
 
-    def progress(self, node: Node, row: dict[str, Any]) -> None:
+    def progress(self, node: Node, row: Mapping[str, Any]) -> None:
         """Move its bar."""
         if node.name in self._bars:
             stage = node.stage
@@ -80,7 +95,7 @@ class PlainDisplay:
     def started(self, node: Node) -> None:
         """Nothing: its end is what counts."""
 
-    def progress(self, node: Node, row: dict[str, Any]) -> None:
+    def progress(self, node: Node, row: Mapping[str, Any]) -> None:
         """Nothing."""
 
     def finished(self, node: Node, outcome: Outcome, manifest: Manifest) -> None:

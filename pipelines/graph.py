@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from pbkd.engine import ENGINE_VERSION
 from pbkd.errors import UserError
 from pbkd.measure import Cost
 from pbkd.networks import NetworkSpec, cost_of
-from pbkd.stages import Block, Load, Progressive, Stage, Unplanned
+from pbkd.stages import Block, Distill, Load, Progressive, Stage, Unplanned
 from pipelines.recipe import Recipe, suggest
 from pipelines.store import Input, Manifest, Store
 
 KEY_VERSION = 1
+Links = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """All stages of a recipe, each after those it depends on."""
+    """All stages of a recipe, each after those it depends on.
+
+    `data_digest` is None, and `missing_data` the user's message, where the data are not.
+    """
 
     recipe: Recipe
     info: DataInfo
@@ -62,6 +66,7 @@ class Graph:
     student: str
     baselines: tuple[str, ...]
     data_digest: str | None
+    missing_data: str | None
 
     def key_inputs(self, node: Node) -> list[Input]:
         """The inputs of `node` by key."""
@@ -86,84 +91,86 @@ def build_graph(recipe: Recipe, store: Store | None, cache: Path) -> Graph:
         UserError: a stage that does not exist, a cycle, settings that do not fit the architecture.
     """
     recipe = recipe.shrunk()
-    info = recipe.data.describe()
     links = _links(recipe)
-    try:
-        digest, missing = data_digest(recipe.data, cache), None
-    except UserError as error:
-        digest, missing = None, str(error).splitlines()[0]
-    nodes: dict[str, Node] = {}
-    last: dict[str, str] = {}  # the stage whose network a name stands for; for a group, its last member
+    builder = _Builder(recipe, store, cache)
     for name in _order(recipe, links):
-        stage = recipe.stages[name]
-        inputs = tuple((role, last.get(other, other)) for role, other in links[name])
-        for role, other in inputs:
-            if other not in nodes:
-                raise UserError(
-                    f"stages.{name}.{role}: there is no stage '{other}'{suggest(other, list(nodes))}"
-                )
-        for node in _expanded(name, stage, inputs, nodes):
-            nodes[node.name] = _completed(node, nodes, recipe, info, digest, missing, store)
-            last[name] = node.name
+        builder.add(name, links[name])
     return Graph(
         recipe=recipe,
-        info=info,
-        nodes=nodes,
-        teacher=last[recipe.teacher],
-        student=last[recipe.student],
-        baselines=tuple(last[name] for name in recipe.baselines),
-        data_digest=digest,
+        info=builder.info,
+        nodes=builder.nodes,
+        teacher=builder.node("teacher", recipe.teacher).name,
+        student=builder.node("student", recipe.student).name,
+        baselines=tuple(builder.node("baselines", name).name for name in recipe.baselines),
+        data_digest=builder.digest,
+        missing_data=builder.missing_data,
     )
 
 
-def _links(recipe: Recipe) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Of every stage, (role, name) of what it needs; the teacher and its ancestors have no teacher."""
-    names = list(recipe.stages)
-    for key, name in (
-        ("teacher", recipe.teacher),
-        ("student", recipe.student),
-        *(("baselines", name) for name in recipe.baselines),
-    ):
-        if name not in names:
-            raise UserError(f"{key}: there is no stage '{name}'{suggest(name, names)}")
-    origins: dict[str, str | None] = {}
-    for position, (name, stage) in enumerate(recipe.stages.items()):
-        origins[name] = None
+def require_keys(graph: Graph) -> None:
+    """Raise UserError if data or weights that a run needs are missing; says how to get them."""
+    if graph.missing_data is not None:
+        raise UserError(graph.missing_data)
+    for node in graph.nodes.values():
+        if node.key is None:
+            raise UserError(f"stages.{node.name}.{node.reason}")
+
+
+def _links(recipe: Recipe) -> dict[str, Links]:
+    """Of every stage, (role, name) of what it needs; the teacher and what it is made from have no teacher."""
+    stages = recipe.stages
+
+    def known(key: str, name: str) -> str:
+        if _group(name, stages) not in stages:
+            raise UserError(f"{key}: there is no stage '{name}'{suggest(name, list(stages))}")
+        return name
+
+    for key, name in [("teacher", recipe.teacher), ("student", recipe.student)]:
+        known(key, name)
+    for name in recipe.baselines:
+        known("baselines", name)
+    origins: dict[str, str] = {}
+    before: str | None = None
+    for name, stage in stages.items():
+        if stage.teacher is not None:
+            known(f"stages.{name}.teacher", stage.teacher)
+        origin = stage.from_ or before
+        before = name
         if not stage.needs_from():
-            continue
-        origin = stage.from_ or (names[position - 1] if position else None)
-        if origin is None:
-            raise UserError(
-                f"stages.{name}.from: the first stage has none before it to start from; begin with a teacher"
-            )
-        group = origin.rpartition(".")[0]
-        if origin not in names and group not in names:
-            raise UserError(f"stages.{name}.from: there is no stage '{origin}'{suggest(origin, names)}")
-        origins[name] = origin
-    taught_by_nobody = {recipe.teacher}
+            if stage.from_ is not None:
+                raise UserError(f"stages.{name}.from: it has a network of its own; leave `from` out")
+        elif origin is None:
+            raise UserError(f"stages.{name}.from: the first stage has none before it; begin with a teacher")
+        else:
+            origins[name] = known(f"stages.{name}.from", origin)
+
+    untaught: set[str] = set()
     pending = [recipe.teacher]
     while pending:
-        stage, origin = recipe.stages[_group(pending.pop(), names)], None
-        origin = origins[next(name for name, known in recipe.stages.items() if known is stage)]
-        for other in (origin, stage.teacher):
-            if other is not None and _group(other, names) not in taught_by_nobody:
-                taught_by_nobody.add(_group(other, names))
-                pending.append(other)
-    links = {}
-    for name, stage in recipe.stages.items():
-        teacher = stage.teacher or (None if name in taught_by_nobody else recipe.teacher)
-        if teacher is not None and _group(teacher, names) not in names:
-            raise UserError(f"stages.{name}.teacher: there is no stage '{teacher}'{suggest(teacher, names)}")
-        pairs = [("from", origins[name]), ("teacher", teacher)]
+        name = _group(pending.pop(), stages)
+        if name not in untaught:
+            untaught.add(name)
+            pending += [other for other in (origins.get(name), stages[name].teacher) if other is not None]
+
+    links: dict[str, Links] = {}
+    for name, stage in stages.items():
+        teacher = stage.teacher or (None if name in untaught else recipe.teacher)
+        if teacher is None and isinstance(stage, Block | Progressive | Distill):
+            raise UserError(
+                f"stages.{name}.teacher: is missing; the recipe's teacher, '{recipe.teacher}', "
+                "is made from this stage, so it needs another one"
+            )
+        pairs = [("from", origins.get(name)), ("teacher", teacher)]
         links[name] = tuple((role, other) for role, other in pairs if other is not None)
     return links
 
 
-def _group(name: str, names: Sequence[str]) -> str:
-    return name if name in names else name.rpartition(".")[0]
+def _group(name: str, stages: Collection[str]) -> str:
+    """The stage in the recipe that `name`, perhaps a member such as `blocks.2`, belongs to."""
+    return name if name in stages else name.rpartition(".")[0]
 
 
-def _order(recipe: Recipe, links: Mapping[str, tuple[tuple[str, str], ...]]) -> list[str]:
+def _order(recipe: Recipe, links: Mapping[str, Links]) -> list[str]:
     """Each stage after those it needs, otherwise in the order of the recipe."""
     names = list(recipe.stages)
     sorter = TopologicalSorter({name: [_group(other, names) for _, other in links[name]] for name in names})
@@ -171,9 +178,7 @@ def _order(recipe: Recipe, links: Mapping[str, tuple[tuple[str, str], ...]]) -> 
         sorter.prepare()
     except CycleError as error:
         circle = " <- ".join(reversed(error.args[1]))
-        raise UserError(
-            f"stages: they depend on one another in a circle: {circle}; mend a from or a teacher"
-        ) from error
+        raise UserError(f"stages: they depend on one another in a circle, {circle}; mend a from") from error
     order: list[str] = []
     ready = list(sorter.get_ready())
     while ready:
@@ -184,69 +189,102 @@ def _order(recipe: Recipe, links: Mapping[str, tuple[tuple[str, str], ...]]) -> 
     return order
 
 
-def _expanded(
-    name: str, stage: Stage, inputs: tuple[tuple[str, str], ...], nodes: Mapping[str, Node]
-) -> list[Node]:
-    if not isinstance(stage, Progressive):
-        return [Node(name, stage, inputs)]
-    origin = dict(inputs)["from"]
-    try:
-        blocks = stage.expand(nodes[origin].spec)
-    except UserError as error:
-        raise UserError(f"stages.{name}.{error}") from error
-    members = []
-    for block in blocks:
-        member = f"{name}.{block.block}"
-        members.append(Node(member, block, (("from", origin), *inputs[1:])))
-        origin = member
-    return members
+class _Builder:
+    """Adds the stages of a recipe one by one, each after those it needs.
 
+    Attributes:
+        info: the data's.
+        digest, missing_data: of the data, or why there is none.
+        nodes: so far.
+    """
 
-def _completed(
-    node: Node,
-    nodes: Mapping[str, Node],
-    recipe: Recipe,
-    info: DataInfo,
-    digest: str | None,
-    missing: str | None,
-    store: Store | None,
-) -> Node:
-    block = node.stage.block if isinstance(node.stage, Block) else None
-    seed = stage_seed(recipe.seed, node.stage.kind, block) if not isinstance(node.stage, Load) else 0
-    inputs = {role: nodes[name] for role, name in node.inputs}
-    key, reason = None, missing
-    try:
-        semantic = node.stage.semantic()
-    except UserError as error:
-        reason = reason or str(error)
-    else:
-        unknown = next((given.reason for given in inputs.values() if given.key is None), None)
-        reason = reason or unknown
-        if digest is not None and unknown is None:
-            key = stage_key(node.stage, semantic, inputs, recipe, digest, seed)
-    spec, unplanned = _spec(node, inputs, info)
-    if spec is None and key is not None and store is not None and (manifest := store.manifest(key)):
-        spec = artifact.read(store.artifact(manifest.artifact)).spec
-    return replace(
-        node,
-        seed=seed,
-        spec=spec,
-        key=key,
-        reason=reason if key is None else unplanned if spec is None else None,
-    )
+    def __init__(self, recipe: Recipe, store: Store | None, cache: Path) -> None:
+        self.info = recipe.data.describe()
+        self.digest: str | None = None
+        self.missing_data: str | None = None
+        try:
+            self.digest = data_digest(recipe.data, cache)
+        except UserError as error:
+            self.missing_data = str(error)
+        self.nodes: dict[str, Node] = {}
+        self._recipe, self._store = recipe, store
+        self._last: dict[
+            str, str
+        ] = {}  # of a progressive stage, its last member: the one its name stands for
 
+    def node(self, key: str, name: str) -> Node:
+        """The node that `name` under `key` in the recipe stands for."""
+        node = self.nodes.get(self._last.get(name, name))
+        if node is None:
+            raise UserError(f"{key}: there is no stage '{name}'{suggest(name, list(self.nodes))}")
+        return node
 
-def _spec(node: Node, inputs: Mapping[str, Node], info: DataInfo) -> tuple[NetworkSpec | None, str | None]:
-    specs = {role: given.spec for role, given in inputs.items()}
-    known = {role: spec for role, spec in specs.items() if spec is not None}
-    if len(known) < len(specs):
-        return None, next(given.reason for given in inputs.values() if given.spec is None)
-    try:
-        return node.stage.plan(known, info), None
-    except Unplanned as reason:
-        return None, str(reason)
-    except UserError as error:
-        raise UserError(f"stages.{node.name}: {error}") from error
+    def add(self, name: str, links: Links) -> None:
+        """Add a stage of the recipe, or the members of a progressive one."""
+        stage = self._recipe.stages[name]
+        inputs = {role: self.node(f"stages.{name}.{role}", other) for role, other in links}
+        if not isinstance(stage, Progressive):
+            self._add(name, stage, inputs)
+            return
+        try:
+            blocks = stage.expand(inputs["from"].spec)
+        except UserError as error:
+            raise UserError(f"stages.{name}.{error}") from error
+        if not blocks:
+            raise UserError(f"stages.{name}.blocks: is empty; list some, or leave it out for all of them")
+        for block in blocks:
+            member = f"{name}.{block.block}"
+            inputs["from"] = self._add(member, block, inputs)
+            self._last[name] = member
+
+    def _add(self, name: str, stage: Stage, inputs: Mapping[str, Node]) -> Node:
+        spec, unplanned = self._spec(name, stage, inputs)
+        block = stage.block if isinstance(stage, Block) else None
+        seed = 0 if isinstance(stage, Load) else stage_seed(self._recipe.seed, stage.kind, block)
+        key, reason = self._key(stage, inputs, seed)
+        if spec is None and key is not None and self._store is not None:
+            manifest = self._store.manifest(key)
+            if manifest is not None:
+                spec = artifact.read(self._store.artifact(manifest.artifact)).spec
+        self.nodes[name] = Node(
+            name=name,
+            stage=stage,
+            inputs=tuple((role, given.name) for role, given in inputs.items()),
+            seed=seed,
+            spec=spec,
+            key=key,
+            reason=reason or (unplanned if spec is None else None),
+        )
+        return self.nodes[name]
+
+    def _key(self, stage: Stage, inputs: Mapping[str, Node], seed: int) -> tuple[str | None, str | None]:
+        """The key, or None and the reason."""
+        if self.digest is None:
+            return None, "; ".join((self.missing_data or "").splitlines())
+        for given in inputs.values():
+            if given.key is None:
+                return None, given.reason
+        try:
+            semantic = stage.semantic()
+        except UserError as error:
+            return None, str(error)
+        return stage_key(stage, semantic, inputs, self._recipe, self.digest, seed), None
+
+    def _spec(
+        self, name: str, stage: Stage, inputs: Mapping[str, Node]
+    ) -> tuple[NetworkSpec | None, str | None]:
+        """The architecture, or None and the reason."""
+        specs: dict[str, NetworkSpec] = {}
+        for role, given in inputs.items():
+            if given.spec is None:
+                return None, given.reason
+            specs[role] = given.spec
+        try:
+            return stage.plan(specs, self.info), None
+        except Unplanned as reason:
+            return None, str(reason)
+        except UserError as error:
+            raise UserError(f"stages.{_group(name, self._recipe.stages)}: {error}") from error
 
 
 def stage_seed(seed: int, kind: str, block: int | None) -> int:

@@ -21,7 +21,7 @@ from pbkd.data import DataSettings, open_data
 from pbkd.engine import LocalSession, Precision
 from pbkd.errors import StageError, UserError
 from pbkd.stages import Context, Stage, StageResult, run_stage
-from pipelines.lease import Lease
+from pipelines.lease import Fenced, Lease
 from pipelines.recipe import Compute
 from pipelines.store import Input, Manifest, Store
 
@@ -51,11 +51,15 @@ class Job:
     stages: tuple[StageJob, ...]
 
 
+class GaveUp(Exception):  # noqa: N818 - not an error of its own
+    """A job that trying again would not mend: `failure` has the reason, or the lease was lost."""
+
+
 def carry_out(job: Job, rank: int = 0) -> None:
     """Run the unfinished stages of `job` as rank `rank`; with several ranks, the process group is there.
 
-    A mistake of the user or a failed stage is left in the work folder for the driver (`failure`) instead of
-    raised: trying again would not mend it.
+    Raises:
+        GaveUp: a stage failed, and left the reason in its work folder; or it belongs to another run now.
     """
     compute = job.compute
     torch.set_num_threads(compute.worker_threads)
@@ -64,8 +68,8 @@ def carry_out(job: Job, rank: int = 0) -> None:
     for item in job.stages:
         if store.manifest(item.key) is not None:
             continue
-        if (store.work(item.key) / FAILURE).exists():
-            return  # another rank has met it, and this is a new attempt
+        if not item.lease.is_current() or (store.work(item.key) / FAILURE).exists():
+            return  # an earlier attempt, or another rank in it, gave up
         try:
             data = data or open_data(job.data)
             session = LocalSession(
@@ -78,11 +82,11 @@ def carry_out(job: Job, rank: int = 0) -> None:
             if rank == 0:
                 _publish(store, job, item, result, time.monotonic() - started)
             _barrier(compute.workers)
+        except Fenced as error:
+            raise GaveUp from error
         except (UserError, StageError) as error:
             _leave_failure(store.work(item.key), error)
-            if compute.workers > 1:
-                raise  # the other ranks wait for this one: the group has to end
-            return
+            raise GaveUp from error
 
 
 def failure(store: Store, key: str) -> Exception | None:

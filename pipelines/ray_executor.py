@@ -1,0 +1,160 @@
+"""Jobs as fault-tolerant Ray Train jobs, on the cluster of RAY_ADDRESS or one started for this run alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pbkd.errors import StageError, UserError
+from pipelines.executors import concurrency
+from pipelines.jobs import GaveUp, Job, carry_out
+from pipelines.recipe import Compute
+from pipelines.store import Store
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+OBJECT_STORE_BYTES = 200 * 2**20  # jobs exchange nothing through it
+SETTINGS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how fast an ended job is noticed
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class RayExecutor:
+    """Each job a Ray Train job; a lost worker is replaced up to `compute.max_failures` times."""
+
+    def __init__(self, compute: Compute, store: Store) -> None:
+        """Join the cluster of RAY_ADDRESS, or start one on loopback with a token only its owner can read.
+
+        Raises:
+            UserError: no cluster answers, or it can never give what a job asks for.
+        """
+        self._store = store
+        _connect(store)
+        try:
+            import ray
+
+            resources = ray.cluster_resources()
+            has_gpus = resources.get("GPU", 0.0) >= compute.workers
+            self._use_gpu = compute.device == "cuda" or (compute.device == "auto" and has_gpus)
+            self._resources = {"CPU": float(compute.worker_threads)} | ({"GPU": 1.0} if self._use_gpu else {})
+            self.concurrency = concurrency(compute, int(resources.get("CPU", 1)))
+            _require_room(compute, self._resources)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, job: Job, name: str) -> None:
+        """Carry out `job` with `ray.train`."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        folder = self._store.root / "ray"
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(
+                num_workers=job.compute.workers,
+                use_gpu=self._use_gpu,
+                resources_per_worker=self._resources,
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(folder),
+                failure_config=FailureConfig(max_failures=job.compute.max_failures),
+            ),
+        )
+        # What Ray keeps of a job is of no use after it, or after a driver that was killed: the store has all.
+        shutil.rmtree(folder / name, ignore_errors=True)
+        try:
+            trainer.fit()
+        except Exception as error:  # Ray's own hierarchy of errors has no common base
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise StageError(f"job {name} failed on Ray: {reason}\nlogs: {folder / name}") from error
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+    def close(self) -> None:
+        """Leave the cluster, which ends the jobs; one that was started for this run ends with it."""
+        import ray
+
+        ray.shutdown()
+
+
+def _connect(store: Store) -> None:
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    options: dict[str, Any] = {}
+    if address == "local":
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token(store))
+        # The one way to make all of Ray's servers listen on loopback: elsewhere it takes 127.0.0.1 for the
+        # machine's outer address.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    import ray
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address, namespace="pbkd", logging_level=logging.ERROR, log_to_driver=False, **options
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"RAY_ADDRESS={address}: no Ray cluster to use there: {reason}\n"
+            "unset RAY_ADDRESS to run on this machine, or set compute.executor=local"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place
+
+
+def _require_room(compute: Compute, per_worker: dict[str, float]) -> None:
+    """Refuse what would wait for ever: a worker needs a node, and all workers run at the same time."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(name, 0) // amount) for name, amount in per_worker.items()) for node in nodes)
+    if room >= compute.workers:
+        return
+    wish = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
+    there = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in per_worker)
+    cure = "set compute.device=auto" if "GPU" in per_worker else "lower compute.workers or compute.threads"
+    raise UserError(
+        f"compute.workers={compute.workers}: each worker needs {wish} on one node; there is room for {room}\n"
+        f"the Ray cluster has {there} on {len(nodes)} nodes; {cure}"
+    )
+
+
+def _worker(config: dict[str, Any]) -> None:
+    from ray.train import get_context
+
+    job: Job = config["job"]
+    try:
+        carry_out(job, get_context().get_world_rank())
+    except GaveUp:
+        if job.compute.workers > 1:
+            raise  # the other ranks wait for this one: Ray has to end the group
+
+
+def _token(store: Store) -> Path:
+    """The store's token for the clusters started for it; made once, readable for its owner alone."""
+    path = store.root / "ray-token"
+    if not path.exists():
+        folder = store.scratch()
+        mine = folder / "token"
+        with os.fdopen(os.open(mine, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        with suppress(FileExistsError):  # another run was first, and its token is whole
+            os.link(mine, path)
+        shutil.rmtree(folder)
+    return path
