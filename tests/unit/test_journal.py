@@ -1,7 +1,6 @@
 """The journal loses nothing but a line torn by a crash."""
 
 import logging
-import threading
 from pathlib import Path
 
 import pytest
@@ -51,18 +50,9 @@ def test_a_line_torn_by_a_crash_does_not_take_the_next_one_with_it(
     assert "torn" in caplog.text
 
 
-def test_a_journal_removed_while_it_is_read_reads_as_empty(journal: Journal) -> None:
-    is_over = threading.Event()
+def test_a_journal_removed_between_a_look_and_a_read_reads_as_empty(tmp_path: Path) -> None:
+    class Vanishing(type(tmp_path)):  # type: ignore[misc]
+        def exists(self) -> bool:  # as it was a moment before another process removed it
+            return True
 
-    def come_and_go() -> None:
-        while not is_over.is_set():
-            journal.path.touch()
-            journal.path.unlink()
-
-    writer = threading.Thread(target=come_and_go)
-    writer.start()
-    try:
-        assert all(journal.read(7) == ([], 7) for _ in range(3000))
-    finally:
-        is_over.set()
-        writer.join()
+    assert Journal(Vanishing(tmp_path / "progress.jsonl")).read(7) == ([], 7)
