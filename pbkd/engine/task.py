@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -27,10 +27,12 @@ class Reader(Protocol):
 class Objective(Protocol):
     """What is minimized: one value per sample for `loss`, and for whatever else is worth reporting."""
 
-    def __call__(
-        self, output: Tensor, logits: Tensor, target: Tensor, labels: Tensor
-    ) -> Mapping[str, Tensor]:
-        """Trained part's output, logits (N, K), teacher's output, labels (N,) -> {"loss": (N,), ...}."""
+    def __call__(self, output: Any, logits: Any, target: Any, labels: Tensor) -> Mapping[str, Tensor]:
+        """Trained part's output, suffix's, teacher's, labels (N,) -> {"loss": (N,), ...}.
+
+        Outputs are what the parts give: a tensor, or a tuple of features; without a suffix, `logits` is
+        `output`.
+        """
 
 
 @dataclass(frozen=True)

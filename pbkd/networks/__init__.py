@@ -2,6 +2,7 @@
 
 from pbkd.networks.block_network import BlockNetwork, build_block, fold_norms, on_meta, spec_of
 from pbkd.networks.cost import cost_of
+from pbkd.networks.features import FeatureNetwork, Features, feature_sizes
 from pbkd.networks.spec import BlockSpec, ConvSpec, NetworkSpec
 from pbkd.networks.weights import fresh, initialize_fresh, load_weights, weights_digest
 from pbkd.networks.zoo import NetworkSettings, architecture
@@ -10,11 +11,14 @@ __all__ = [
     "BlockNetwork",
     "BlockSpec",
     "ConvSpec",
+    "FeatureNetwork",
+    "Features",
     "NetworkSettings",
     "NetworkSpec",
     "architecture",
     "build_block",
     "cost_of",
+    "feature_sizes",
     "fold_norms",
     "fresh",
     "initialize_fresh",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -139,6 +139,29 @@ class Stage(Settings):
         """
         raise NotImplementedError
 
+    def compares_features(self) -> bool:
+        """Whether it compares features of blocks with the teacher's, block by block."""
+        return False
+
+    def keeps_interfaces(self) -> bool:
+        """Whether the blocks it gives have the interfaces of those it gets."""
+        return True
+
+    def check_lineage(self, since_teacher: Sequence[Stage]) -> None:
+        """Refuse what the planned architectures cannot tell.
+
+        Args:
+            since_teacher: the stages the network went through since it was the teacher's, oldest first.
+
+        Raises:
+            UserError: features are compared, but a stage among them changed the blocks' interfaces.
+        """
+        if self.compares_features() and not all(stage.keeps_interfaces() for stage in since_teacher):
+            raise UserError(
+                f"{self.kind} compares features with the teacher's, but prune with scope=all changed the "
+                "channels between blocks; prune with scope=interior, or compare logits alone (distill)"
+            )
+
     def run(self, context: Context) -> BlockNetwork:
         """Carry the stage out; the network it gives. Every rank calls it and gets the same weights."""
         raise NotImplementedError
@@ -169,6 +192,17 @@ def same_task(spec: NetworkSpec, info: DataInfo, what: str) -> NetworkSpec:
     if spec.input_shape != info.input_shape:
         raise UserError(f"{what} takes images {spec.input_shape}, but {info.name} has {info.input_shape}")
     return spec
+
+
+def start_of(inputs: Mapping[Role, NetworkSpec], info: DataInfo, what: str) -> NetworkSpec:
+    """The architecture of `from`, which `what` names in errors, if it and the teacher fit the data.
+
+    Raises:
+        UserError: one of them does not.
+    """
+    if "teacher" in inputs:
+        same_task(inputs["teacher"], info, "the teacher")
+    return same_task(inputs["from"], info, what)
 
 
 def label_objective(output: Tensor, logits: Tensor, target: Tensor, labels: Tensor) -> dict[str, Tensor]:

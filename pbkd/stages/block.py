@@ -15,7 +15,7 @@ from pbkd.engine import Task
 from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, NetworkSpec, build_block
 from pbkd.objectives import Reduction, cross_entropy, local_feature
-from pbkd.stages.base import Context, Role, TrainingStage, same_task
+from pbkd.stages.base import Context, Role, TrainingStage, start_of
 from pbkd.students import (
     Init,
     StudentSettings,
@@ -65,19 +65,21 @@ class Block(BlockTraining):
 
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The auxiliary network with one more student block."""
-        auxiliary = same_task(inputs["from"], info, "the network that is to get a student block")
+        auxiliary = start_of(inputs, info, "the network that is to get a student block")
         if self.block > len(auxiliary.blocks):
             raise UserError(f"block {self.block}: {auxiliary.arch} has blocks 1 to {len(auxiliary.blocks)}")
-        if (
-            "teacher" in inputs
-            and inputs["teacher"].blocks[self.block - 1] != auxiliary.blocks[self.block - 1]
-        ):
+        teacher = inputs.get("teacher", auxiliary)
+        if auxiliary.blocks[self.block - 1 : self.block] != teacher.blocks[self.block - 1 : self.block]:
             raise UserError(
                 f"block {self.block} is not the teacher's any more; name the teacher it was taken from"
             )
         return auxiliary.with_block(
             self.block - 1, student_block(auxiliary.blocks[self.block - 1], self._student)
         )
+
+    def compares_features(self) -> bool:
+        """The student block's with the teacher block's."""
+        return True
 
     def run(self, context: Context) -> BlockNetwork:
         """Start the student block, then train it with everything else frozen."""

@@ -1,54 +1,93 @@
-"""`distill`: the network learns the teacher's soft targets; phase two of two-stage distillation, plain KD."""
+"""`distill`: the network learns from the teacher; phase two of two-stage distillation, plain KD, AT, RKD."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from functools import partial
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from pbkd.data import DataInfo
 from pbkd.engine import Task
-from pbkd.networks import BlockNetwork, NetworkSpec, fresh
-from pbkd.objectives import hinton
-from pbkd.stages.base import Context, Role, TrainingStage, same_task
+from pbkd.errors import UserError
+from pbkd.networks import BlockNetwork, FeatureNetwork, Features, NetworkSpec, feature_sizes, fresh
+from pbkd.objectives import angle_relation, attention, distance_relation, hinton
+from pbkd.stages.base import Context, Role, TrainingStage, start_of
+
+Weight = Annotated[float, Field(ge=0.0)]
 
 
 class Distill(TrainingStage):
-    """Minimize (1 - a) CE + a T^2 KL(p_t^T || p_s^T) over all weights (Hinton et al. 2015).
+    """Minimize (1 - a) CE + a T^2 KL(p_t^T || p_s^T) (Hinton et al. 2015) over all weights.
+
+    Terms of other methods are added with their weights: attention transfer is `alpha: 0` and
+    `attention_weight: 1000`, RKD `alpha: 0`, `distance_weight: 25` and `angle_weight: 50`.
 
     Attributes:
         alpha: weight a of the soft targets, in [0, 1].
         temperature: T.
+        attention_weight: of the attention maps of all blocks (`pbkd.objectives.attention`).
+        distance_weight, angle_weight: of the relations between the samples' penultimate features
+            (`pbkd.objectives.relational`).
         weights: `keep` those of the `from` stage, or start `fresh` on its architecture (plain KD).
     """
 
     kind: Literal["distill"] = "distill"
     alpha: float = Field(default=0.9, ge=0.0, le=1.0)
     temperature: float = Field(default=4.0, gt=0.0)
+    attention_weight: Weight = 0.0
+    distance_weight: Weight = 0.0
+    angle_weight: Weight = 0.0
     weights: Literal["keep", "fresh"] = "keep"
 
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The architecture does not change."""
-        if "teacher" in inputs:
-            same_task(inputs["teacher"], info, "the teacher")
-        return same_task(inputs["from"], info, "the network to distill into")
+        spec = start_of(inputs, info, "the network to distill into")
+        if self.compares_features() and "teacher" in inputs:
+            own, others = feature_sizes(spec), feature_sizes(inputs["teacher"])
+            if own != others:
+                raise UserError(
+                    f"attention_weight: the blocks of {spec.arch} give features of {_sizes(own)}, those of "
+                    f"the teacher {_sizes(others)}; only equal ones compare: set attention_weight=0"
+                )
+        return spec
+
+    def compares_features(self) -> bool:
+        """The attention maps of blocks."""
+        return self.attention_weight > 0
 
     def run(self, context: Context) -> BlockNetwork:
-        """Train every layer against the teacher's logits."""
-        given = context.inputs["from"]
+        """Train every layer against the teacher."""
+        given, teacher = context.inputs["from"], context.inputs["teacher"]
         network = copy.deepcopy(given) if self.weights == "keep" else fresh(given.spec, context.seed)
-        objective = partial(_soft_targets, alpha=self.alpha, temperature=self.temperature)
-        context.train(
-            network, Task(trained=network, objective=objective, teacher=context.inputs["teacher"]), self
-        )
+        if self.attention_weight or self.distance_weight or self.angle_weight:
+            task = Task(FeatureNetwork(network), self._with_features, teacher=FeatureNetwork(teacher))
+        else:
+            task = Task(network, self._soft_targets, teacher=teacher)
+        context.train(network, task, self)
         return network
 
+    def _soft_targets(self, output: Tensor, logits: Any, target: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": hinton(output, target, labels, self.alpha, self.temperature)}
 
-def _soft_targets(
-    output: Tensor, logits: Tensor, target: Tensor, labels: Tensor, alpha: float, temperature: float
-) -> dict[str, Tensor]:
-    return {"loss": hinton(logits, target, labels, alpha, temperature)}
+    def _with_features(
+        self, output: Features, logits: Any, target: Features, labels: Tensor
+    ) -> dict[str, Tensor]:
+        soft = hinton(output.logits, target.logits, labels, self.alpha, self.temperature)
+        losses = {"loss": soft, "soft_loss": soft}
+        if self.attention_weight:
+            losses["attention_loss"] = attention(output.blocks, target.blocks)
+            losses["loss"] = losses["loss"] + self.attention_weight * losses["attention_loss"]
+        if self.distance_weight:
+            losses["distance_loss"] = distance_relation(output.penultimate, target.penultimate)
+            losses["loss"] = losses["loss"] + self.distance_weight * losses["distance_loss"]
+        if self.angle_weight:
+            losses["angle_loss"] = angle_relation(output.penultimate, target.penultimate)
+            losses["loss"] = losses["loss"] + self.angle_weight * losses["angle_loss"]
+        return losses
+
+
+def _sizes(sizes: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{height}x{width}" for height, width in sizes)

@@ -16,7 +16,7 @@ from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, NetworkSpec, cost_of, spec_of
 from pbkd.networks.block_network import ConvLayer, Residual, path_of
 from pbkd.networks.spec import BlockSpec, ConvSpec, PadShortcut, ResidualUnit, Unit, layers_of
-from pbkd.stages.base import Context, Role, Stage, Unplanned, same_task
+from pbkd.stages.base import Context, Role, Stage, Unplanned, start_of
 
 Criterion = Literal["l1", "group_norm", "bn_scale"]
 LARGEST_RATIO = 0.95
@@ -61,11 +61,15 @@ class Prune(Stage):
 
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The pruned architecture, where it does not depend on the weights."""
-        spec = same_task(inputs["from"], info, "the network to prune")
+        spec = start_of(inputs, info, "the network to prune")
         self._check(spec)
         if self.ranking == "global" or self.scope == "all":
             raise Unplanned("which layers lose channels depends on the weights")
         return _narrowed(spec, self._uniform_ratio(spec), self.round_to)
+
+    def keeps_interfaces(self) -> bool:
+        """With `scope: interior`."""
+        return self.scope == "interior"
 
     def run(self, context: Context) -> BlockNetwork:
         """Prune, then estimate BatchNorm statistics anew; both steps are judged on the validation split."""

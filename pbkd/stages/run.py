@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pbkd.engine import Row
 from pbkd.measure import evaluate, nonzero_params
 from pbkd.networks import BlockNetwork, cost_of
-from pbkd.stages.base import Context, Stage
+from pbkd.stages.base import Context, Stage, Unplanned
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class StageResult:
 
 def run_stage(stage: Stage, context: Context) -> StageResult:
     """Carry out `stage`; every rank calls it. Accuracy is the final one, in fp32, each sample once."""
+    with suppress(Unplanned):  # what could not be planned before its inputs were known is refused now
+        stage.plan({role: given.spec for role, given in context.inputs.items()}, context.data.info)
     network = stage.run(context)
     device = context.session.device
     network = network.to(device).eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from typing import Literal
 from pbkd.data import DataInfo
 from pbkd.engine import OptimizerSettings, Task
 from pbkd.networks import BlockNetwork, NetworkSpec
-from pbkd.stages.base import Context, Role, TrainingStage, label_objective, same_task
+from pbkd.stages.base import Context, Role, TrainingStage, label_objective, start_of
 
 
 class Stabilize(TrainingStage):
@@ -24,7 +24,7 @@ class Stabilize(TrainingStage):
 
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The architecture does not change."""
-        return same_task(inputs["from"], info, "the network to stabilize")
+        return start_of(inputs, info, "the network to stabilize")
 
     def run(self, context: Context) -> BlockNetwork:
         """Train `classifier` behind the frozen features."""

@@ -11,7 +11,7 @@ from pydantic import model_validator
 from pbkd.data import DataInfo
 from pbkd.engine import Task
 from pbkd.networks import BlockNetwork, NetworkSettings, NetworkSpec, architecture, fresh
-from pbkd.stages.base import Context, Role, TrainingStage, label_objective, same_task
+from pbkd.stages.base import Context, Role, TrainingStage, label_objective, start_of
 
 
 class Train(TrainingStage):
@@ -39,7 +39,7 @@ class Train(TrainingStage):
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The named architecture, or that of `from`."""
         if self.network is None:
-            return same_task(inputs["from"], info, "the network to train")
+            return start_of(inputs, info, "the network to train")
         return architecture(self.network, info.input_shape, info.num_classes)
 
     def run(self, context: Context) -> BlockNetwork:

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pbkd.engine import LocalSession, OptimizerSettings, Row, Task, TrainingSettings, fit
-from pbkd.networks import BlockNetwork, fresh
-from pbkd.objectives import cross_entropy, local_feature
+from pbkd.networks import BlockNetwork, FeatureNetwork, Features, fresh
+from pbkd.objectives import attention, cross_entropy, local_feature
 from tests.unit.small_networks import digits, random_norms, small_vgg
 
 WORLD = 2
@@ -37,6 +37,23 @@ def train_block(network: BlockNetwork, session: LocalSession) -> list[Row]:
     return fit(task, settings, reader, session, 0)
 
 
+def attention_objective(
+    output: Features, logits: Features, target: Features, labels: Tensor
+) -> dict[str, Tensor]:
+    return {"loss": 100 * attention(output.blocks, target.blocks) + cross_entropy(output.logits, labels)}
+
+
+def train_on_features(network: BlockNetwork, session: LocalSession) -> None:
+    """Every block looks where the teacher's looks."""
+    teacher = FeatureNetwork(fresh(network.spec, 1))
+    task = Task(FeatureNetwork(network), attention_objective, teacher=teacher)
+    settings = TrainingSettings(steps=3, optimizer=OptimizerSettings(lr=0.05, clip=1.0))
+    reader = digits(limit=194).reader(
+        "train", 97, 3, rank=session.rank, world=session.world_size, shuffle=True
+    )
+    fit(task, settings, reader, session, 0)
+
+
 def network_of(norm: bool) -> BlockNetwork:
     return random_norms(fresh(small_vgg(norm), 0)).eval().requires_grad_(False)
 
@@ -52,14 +69,22 @@ def run_rank(rank: int, folder: str) -> None:
             history = train_block(network, LocalSession(rank=rank, world_size=WORLD))
             tensors = network.state_dict() | {"loss": torch.tensor([row["train_loss"] for row in history])}
             save_file(tensors, Path(folder) / f"{norm}-{rank}.safetensors")
+        network = network_of(norm=False)
+        train_on_features(network, LocalSession(rank=rank, world_size=WORLD))
+        save_file(network.state_dict(), Path(folder) / f"features-{rank}.safetensors")
     finally:
         torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[bool, int], dict[str, Tensor]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=WORLD)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(run_rank, (str(path),), nprocs=WORLD)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> dict[tuple[bool, int], dict[str, Tensor]]:
     return {
         (norm, rank): load_file(folder / f"{norm}-{rank}.safetensors")
         for norm in (False, True)
@@ -86,3 +111,12 @@ def test_without_batch_norm_two_ranks_are_one_process(
     assert ranks[False, 0]["loss"].tolist() == pytest.approx([row["train_loss"] for row in history], rel=1e-5)
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(ranks[False, 0][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_features_reach_the_objective_on_every_rank(folder: Path) -> None:
+    network = network_of(norm=False)
+    train_on_features(network, LocalSession())
+    first, second = (load_file(folder / f"features-{rank}.safetensors") for rank in range(WORLD))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-6)

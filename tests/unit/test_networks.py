@@ -4,7 +4,17 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pbkd.networks import BlockNetwork, NetworkSpec, build_block, fold_norms, fresh, on_meta, spec_of
+from pbkd.networks import (
+    BlockNetwork,
+    FeatureNetwork,
+    NetworkSpec,
+    build_block,
+    feature_sizes,
+    fold_norms,
+    fresh,
+    on_meta,
+    spec_of,
+)
 from pbkd.students import StudentSettings, initialize_kaiming, student_block
 from tests.unit.small_networks import random_norms, small_resnet, small_vgg
 
@@ -37,6 +47,18 @@ def test_cut_at_any_block_it_computes_the_same(spec: NetworkSpec) -> None:
     for index in range(len(spec.blocks)):
         h = network.blocks[index](network.prefix(index)(x))
         assert torch.equal(network.suffix(index)(h), logits)
+
+
+@every_spec
+def test_features_are_those_of_the_parts(spec: NetworkSpec) -> None:
+    network = network_of(spec)
+    x = images(spec)
+    found = FeatureNetwork(network)(x)
+    assert torch.equal(found.logits, network(x))
+    assert torch.equal(network.classifier[-1](found.penultimate), found.logits)
+    for index, feature in enumerate(found.blocks):
+        assert torch.equal(feature, network.blocks[index](network.prefix(index)(x)))
+        assert tuple(feature.shape[2:]) == feature_sizes(spec)[index]
 
 
 @every_spec

@@ -1,5 +1,6 @@
 """Objectives equal their equations, computed naively in float64, sample by sample."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pbkd.objectives import Reduction, cross_entropy, hinton, local_feature
+from pbkd.objectives import (
+    Reduction,
+    angle_relation,
+    attention,
+    cross_entropy,
+    distance_relation,
+    hinton,
+    local_feature,
+)
 
 seeds = st.integers(0, 2**31)
 
@@ -82,3 +91,85 @@ def test_soft_targets_alone_pull_to_the_teacher() -> None:
     labels = torch.zeros(4, dtype=torch.long)
     assert hinton(teacher, teacher, labels, 1.0, 4.0).abs().max() < 1e-5
     assert torch.equal(hinton(teacher, normal(4, 4, 5), labels, 0.0, 4.0), cross_entropy(teacher, labels))
+
+
+def naive_attention(feature: list[list[list[float]]]) -> list[float]:
+    """Q of one sample's feature [channel][row][column]."""
+    positions = [
+        math.fsum(channel[row][column] ** 2 for channel in feature) / len(feature)
+        for row in range(len(feature[0]))
+        for column in range(len(feature[0][0]))
+    ]
+    length = math.sqrt(math.fsum(value**2 for value in positions))
+    return [value / length for value in positions]
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
+@settings(max_examples=30, deadline=None)
+def test_attention_transfer_is_its_equation(
+    seed: int, samples: int, channels: int, side: int, blocks: int
+) -> None:
+    student = [normal(seed + block, samples, channels, side, side + block) for block in range(blocks)]
+    teacher = [normal(seed - block - 1, samples, channels + 2, side, side + block) for block in range(blocks)]
+    expected = [0.0] * samples
+    for s, t in zip(student, teacher, strict=True):
+        for sample, (one, other) in enumerate(zip(s.tolist(), t.tolist(), strict=True)):
+            pairs = list(zip(naive_attention(one), naive_attention(other), strict=True))
+            expected[sample] += math.fsum((a - b) ** 2 for a, b in pairs) / len(pairs)
+    assert attention(student, teacher).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    assert attention(student, [3 * feature for feature in student]).tolist() == pytest.approx(
+        [0.0] * samples, abs=1e-9
+    ), "attention has no unit"
+
+
+def smooth_l1(difference: float) -> float:
+    return 0.5 * difference**2 if abs(difference) < 1 else abs(difference) - 0.5
+
+
+def naive_distances(features: list[list[float]]) -> list[list[float]]:
+    distances = [[math.dist(one, other) for other in features] for one in features]
+    positive = [value for row in distances for value in row if value > 0]
+    mean = math.fsum(positive) / len(positive) if positive else 1.0
+    return [[value / mean for value in row] for row in distances]
+
+
+def naive_angle(vertex: list[float], one: list[float], other: list[float]) -> float:
+    lengths = math.dist(vertex, one) * math.dist(vertex, other)
+    if not lengths:
+        return 0.0
+    products = [(a - v) * (b - v) for v, a, b in zip(vertex, one, other, strict=True)]
+    return math.fsum(products) / lengths
+
+
+@given(seeds, st.integers(1, 5), st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_relations_are_their_equations(seed: int, samples: int, dimensions: int) -> None:
+    student, teacher = normal(seed, samples, dimensions), normal(seed + 1, samples, dimensions + 1)
+    s, t = student.tolist(), teacher.tolist()
+    rows = zip(naive_distances(s), naive_distances(t), strict=True)
+    distances = [
+        math.fsum(smooth_l1(a - b) for a, b in zip(one, other, strict=True)) / samples for one, other in rows
+    ]
+    assert distance_relation(student, teacher).tolist() == pytest.approx(distances, rel=1e-4, abs=1e-6)
+    angles = [
+        math.fsum(
+            smooth_l1(naive_angle(s[i], s[j], s[k]) - naive_angle(t[i], t[j], t[k]))
+            for j, k in itertools.product(range(samples), repeat=2)
+        )
+        / samples**2
+        for i in range(samples)
+    ]
+    assert angle_relation(student, teacher).tolist() == pytest.approx(angles, rel=1e-3, abs=1e-5)
+
+
+def test_relations_do_not_see_place_or_size_and_have_gradients_everywhere() -> None:
+    features = normal(0, 6, 4)
+    features[5] = features[4]  # two samples alike: no distance, no angle between them
+    moved = (5 * features + 2).requires_grad_()
+    for relation in (distance_relation, angle_relation):
+        loss = relation(moved, features)
+        assert loss.tolist() == pytest.approx([0.0] * 6, abs=1e-9)
+        other = relation(moved, normal(1, 6, 3)).sum()
+        (gradient,) = torch.autograd.grad(other, moved)
+        assert gradient.isfinite().all()
+        assert gradient.any()

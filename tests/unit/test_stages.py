@@ -215,6 +215,11 @@ def test_what_does_not_fit_is_refused_before_it_runs() -> None:
         Stabilize(epochs=1).plan({"from": colour}, info)
     with pytest.raises(UserError, match="the network to train has 100 classes"):
         Train(epochs=1).plan({"from": hundred}, info)
+    for stage in (Block(block=1, epochs=1), Stabilize(epochs=1), Train(epochs=1), Prune(ratio=0.5)):
+        with pytest.raises(UserError, match="the teacher has 100 classes, but digits has 10"):
+            stage.plan({"from": resnet, "teacher": hundred}, info)
+    with pytest.raises(UserError, match="block 3 is not the teacher's any more"):
+        Block(block=3, epochs=1).plan({"from": resnet, "teacher": SPECS["vgg"]}, info)
     with pytest.raises(UserError, match="without any; take at least"):
         Block(block=1, epochs=1, width=0.01).plan({"from": resnet}, info)
     with pytest.raises(UserError, match="list the blocks"):
