@@ -4,8 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from pbkd.stages.assemble import Assemble
 from pbkd.stages.base import Context, Stage, Unplanned
-from pbkd.stages.block import Block, Progressive
+from pbkd.stages.block import Block, Member, Progressive
 from pbkd.stages.distill import Distill
 from pbkd.stages.load import Load
 from pbkd.stages.prune import Prune
@@ -13,7 +14,9 @@ from pbkd.stages.run import StageResult, run_stage
 from pbkd.stages.stabilize import Stabilize
 from pbkd.stages.train import Train
 
-RunnableStage = Annotated[Load | Train | Block | Stabilize | Distill | Prune, Field(discriminator="kind")]
+RunnableStage = Annotated[
+    Load | Train | Block | Assemble | Stabilize | Distill | Prune, Field(discriminator="kind")
+]
 AnyStage = Annotated[
     Load | Train | Block | Progressive | Stabilize | Distill | Prune, Field(discriminator="kind")
 ]
@@ -22,10 +25,12 @@ KINDS = ("load", "train", "block", "progressive", "stabilize", "distill", "prune
 __all__ = [
     "KINDS",
     "AnyStage",
+    "Assemble",
     "Block",
     "Context",
     "Distill",
     "Load",
+    "Member",
     "Progressive",
     "Prune",
     "RunnableStage",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, Self
 
@@ -15,7 +16,8 @@ from pbkd.engine import Task
 from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, NetworkSpec, build_block
 from pbkd.objectives import Reduction, cross_entropy, local_feature
-from pbkd.stages.base import Context, Role, TrainingStage, start_of
+from pbkd.stages.assemble import Assemble, block_role
+from pbkd.stages.base import Context, Role, Stage, TrainingStage, start_of
 from pbkd.students import (
     Init,
     StudentSettings,
@@ -38,6 +40,9 @@ class BlockTraining(TrainingStage):
         init_images: training images that `least_squares` solves on.
         local_weight: lambda of L = lambda * L_local + CE; the paper does not publish it.
         reduction: unit of L_local (`pbkd.objectives.local_feature`).
+        input: what the block gets, for training and for its start: the frozen `student` blocks' features (the
+            paper), or the `teacher`'s own, which makes the blocks independent of one another; what is behind
+            the block is then the teacher's too.
     """
 
     projection_norm: bool = False
@@ -46,6 +51,7 @@ class BlockTraining(TrainingStage):
     init_images: PositiveInt = 512
     local_weight: float = Field(default=1.0, ge=0.0)
     reduction: Reduction = "relative"
+    input: Literal["student", "teacher"] = "student"
 
     def smoke(self) -> Self:
         """A few steps, a few images."""
@@ -55,8 +61,9 @@ class BlockTraining(TrainingStage):
 class Block(BlockTraining):
     """Swap block number `block` (from 1) of the auxiliary network for a student block; train that alone.
 
-    Minimizes L = lambda L_local(s(h), t(h)) + CE(A(x), y): h, the output of the auxiliary network's frozen
-    prefix, is the input of the student block s and the teacher block t alike.
+    Minimizes L = lambda L_local(s(h), t(h)) + CE(A(x), y): h, the output of the frozen prefix of the
+    auxiliary network A (with `input: teacher`, of the teacher with s in the place of t), is the input of the
+    student block s and the teacher block t alike.
     """
 
     kind: Literal["block"] = "block"
@@ -85,10 +92,11 @@ class Block(BlockTraining):
         """Start the student block, then train it with everything else frozen."""
         index = self.block - 1
         network = copy.deepcopy(context.inputs["from"]).to(context.session.device)
-        target = copy.deepcopy(network.blocks[index])
+        teacher = context.inputs.get("teacher", network).to(context.session.device)
+        around = network if self.input == "student" else teacher
+        prefix, target, suffix = around.prefix(index), around.blocks[index], around.suffix(index)
         spec = student_block(network.spec.blocks[index], self._student)
         student = build_block(spec).to(context.session.device)
-        prefix = network.prefix(index)
         match self.init:
             case "kaiming":
                 initialize_kaiming(student.cpu(), context.seed)
@@ -96,7 +104,6 @@ class Block(BlockTraining):
                 initialize_inherit(student.cpu(), target.cpu(), context.seed)
             case "least_squares":
                 images = context.images(self.init_images)
-                teacher = context.inputs["teacher"].to(context.session.device)
                 initialize_least_squares(
                     student, target, prefix(images), teacher.prefix(index)(images), context.seed
                 )
@@ -105,7 +112,7 @@ class Block(BlockTraining):
             trained=student,
             objective=partial(_local_and_labels, weight=self.local_weight, reduction=self.reduction),
             prefix=prefix,
-            suffix=network.suffix(index),
+            suffix=suffix,
             teacher=target,
             teacher_input="prefix",
         )
@@ -119,8 +126,24 @@ class Block(BlockTraining):
         )
 
 
+@dataclass(frozen=True)
+class Member:
+    """One of the stages that a `progressive` stage stands for.
+
+    Attributes:
+        name: within the group.
+        stage: its settings.
+        inputs: (role, name of another member) of what it takes from the group; None instead of a name: the
+            network the whole group starts from.
+    """
+
+    name: str
+    stage: Stage
+    inputs: tuple[tuple[Role, str | None], ...]
+
+
 class Progressive(BlockTraining):
-    """One `block` stage after the other.
+    """One `block` stage after the other; with `input: teacher` all at once, and `assemble` behind them.
 
     Attributes:
         blocks: which, numbered from 1; null: all of them.
@@ -139,8 +162,22 @@ class Progressive(BlockTraining):
             raise ValueError(f"blocks: {list(self.blocks)} names a block twice")
         return self
 
+    def members(self, network: NetworkSpec | None) -> list[Member]:
+        """The stages it stands for and what each starts from; the last one gives the result. See `expand`."""
+        blocks = self.expand(network)
+        names = [str(block.block) for block in blocks]
+        if self.input == "student":
+            chain = zip(blocks, names, [None, *names], strict=False)
+            return [Member(name, block, (("from", before),)) for block, name, before in chain]
+        independent = [
+            Member(name, block, (("from", None),)) for block, name in zip(blocks, names, strict=True)
+        ]
+        roles = ((block_role(block.block), name) for block, name in zip(blocks, names, strict=True))
+        joined = Member("assembled", Assemble(teacher=self.teacher), (("from", None), *roles))
+        return [*independent, joined]
+
     def expand(self, network: NetworkSpec | None) -> list[Block]:
-        """The stages it stands for, in order; `network` is the one they start with, if known.
+        """The blocks it stands for, in order; `network` is the one they start with, if known.
 
         Raises:
             UserError: the blocks are not known, or the widths do not fit them.
