@@ -1,0 +1,108 @@
+"""The `pbkd` command as a user types it, and every process that comes of it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SMALL = ROOT / "tests" / "integration" / "small.yaml"
+SECONDS = 150.0  # no single step of a test may take longer, on a busy machine either
+MARK = "PBKD_TEST_MARK"
+
+
+class Pbkd:
+    """One `pbkd` command in a process group of its own, like one typed in a terminal.
+
+    All it starts inherits a mark in the environment, by which `processes` finds what is left of it.
+    """
+
+    def __init__(self, *arguments: object, **environment: str) -> None:
+        self._mark = uuid.uuid4().hex
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
+            cwd=ROOT,
+            env=os.environ | environment | {MARK: self._mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def signal(self, number: int, group: bool = False) -> None:
+        """Send a signal to the command, or, as Ctrl-C does, to its process group."""
+        (os.killpg if group else os.kill)(self._process.pid, number)
+
+    def wait(self) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
+        out, err = self._process.communicate(timeout=SECONDS)
+        return self._process.returncode, out, err
+
+    def succeed(self) -> dict[str, Any]:
+        """What a command with --json says on stdout, which holds nothing else."""
+        code, out, err = self.wait()
+        assert code == 0, err
+        report: dict[str, Any] = json.loads(out)
+        return report
+
+    def processes(self, words: str = "") -> list[int]:
+        """The living processes of the command with `words` in their command line."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                is_ours = f"{MARK}={self._mark}".encode() in (path / "environ").read_bytes()
+                line = (path / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue  # it has ended, or is another user's
+            if is_ours and words in line:
+                found.append(int(path.name))
+        return found
+
+    def end(self) -> None:
+        """End all that is left."""
+        for pid in self.processes():
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                continue
+        self._process.communicate(timeout=SECONDS)
+
+
+@contextmanager
+def pbkd(*arguments: object, **environment: str) -> Iterator[Pbkd]:
+    """A running command, of which nothing is left afterwards."""
+    command = Pbkd(*arguments, **environment)
+    try:
+        yield command
+    finally:
+        command.end()
+
+
+def run(*arguments: object, **environment: str) -> dict[str, Any]:
+    """The report of `pbkd run ARGUMENTS --json`."""
+    with pbkd("run", *arguments, "--json", **environment) as command:
+        return command.succeed()
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait for what others do, and for no longer than `SECONDS`."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {SECONDS:.0f} s in vain for {what}"
+        time.sleep(0.05)
+
+
+def digests(report: dict[str, Any]) -> dict[str, str]:
+    """Of each stage's weights, by the stage's name."""
+    return {stage["name"]: stage["digest"] for stage in report["stages"]}
+
+
+def states(report: dict[str, Any]) -> dict[str, str]:
+    """`ran` or `reused`, by the stage's name."""
+    return {stage["name"]: stage["state"] for stage in report["stages"]}
