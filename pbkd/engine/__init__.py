@@ -5,6 +5,7 @@ from pbkd.engine.session import LocalSession, Session, Stopped
 from pbkd.engine.settings import OptimizerSettings, Precision, TrainingSettings
 from pbkd.engine.state import CheckpointFolder, Row, State
 from pbkd.engine.task import Task
+from pbkd.engine.watch import Watch
 
 ENGINE_VERSION = 1
 """Raised by hand when the same task begins to give other weights; part of every stage key."""
@@ -21,5 +22,6 @@ __all__ = [
     "Stopped",
     "Task",
     "TrainingSettings",
+    "Watch",
     "fit",
 ]

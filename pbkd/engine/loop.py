@@ -14,6 +14,7 @@ from pbkd.engine.session import Session, Stopped
 from pbkd.engine.settings import OptimizerSettings, Precision, TrainingSettings
 from pbkd.engine.state import Row, apply, capture
 from pbkd.engine.task import Reader, Task
+from pbkd.engine.watch import StepRecord
 from pbkd.errors import StageError
 from pbkd.networks import fold_norms
 
@@ -30,6 +31,8 @@ def fit(
     validate: Callable[[], Mapping[str, float]] | None = None,
 ) -> list[Row]:
     """Train `task.trained` in place and return the history, one row an epoch (or part of one).
+
+    With `task.watch` there is a row a step, of which only those that end an epoch are reported.
 
     Killed and started again with the same session folder, it goes on from the last checkpoint and ends with
     the same weights and history.
@@ -58,10 +61,10 @@ def fit(
             training.take_step(images, labels, count, settings.optimizer.rate(training.step, steps))
             if training.step == steps:
                 break
-        row = training.end_epoch(training.step / steps_per_epoch)
+        *between, row = training.end_epoch(steps_per_epoch)
         if validate is not None:
             row.update(validate())
-        training.history.append(row)
+        training.history += [*between, row]
         session.report(row)
     training.finish()
     return training.history
@@ -91,6 +94,7 @@ class _Training:
         self.sums: dict[str, Tensor] = {}
         self.counted = 0
         self.first_bad = torch.tensor(NEVER, device=self.device)
+        self.record = StepRecord(task.watch, self.device) if task.watch is not None else None
 
     def _frozen(self, part: nn.Module | None) -> nn.Module | None:
         """A private copy in eval mode, without gradients to its weights, BatchNorm folded."""
@@ -112,6 +116,8 @@ class _Training:
                     name: torch.tensor(value, dtype=torch.float64, device=self.device)
                     for name, value in state.numbers["sums"].items()
                 }
+            if self.record is not None:
+                self.record.restore(state.numbers["record"])
         self.norms = {
             name: module
             for name, module in self.trained.named_modules()
@@ -126,6 +132,8 @@ class _Training:
         state = capture(self.step, self.trained, self.optimizer, self.scaler, self.history)
         state.numbers["counted"] = self.counted
         state.numbers["sums"] = {name: float(value) for name, value in self.sums.items()}
+        if self.record is not None:
+            state.numbers["record"] = self.record.numbers()
         self.session.save(state)
 
     def take_step(self, images: Tensor, labels: Tensor, global_count: int, rate: float) -> None:
@@ -146,8 +154,11 @@ class _Training:
 
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        if self.clip is not None:
+        if self.clip is not None or self.record is not None:
             self.scaler.unscale_(self.optimizer)
+        if self.record is not None:
+            self.record.gradient(self.step + 1)
+        if self.clip is not None:
             nn.utils.clip_grad_norm_(self.trained.parameters(), self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -161,9 +172,11 @@ class _Training:
         bad = self.first_bad.clamp_max(self.step)
         self.first_bad = torch.where(torch.isfinite(loss.detach()), self.first_bad, bad)
         self.step += 1
+        if self.record is not None:
+            self.record.finished(self.step)
 
-    def end_epoch(self, epoch: float) -> Row:
-        """Means of the objective's values over the epoch and all ranks; `epoch` is how many are done."""
+    def end_epoch(self, steps_per_epoch: int) -> list[Row]:
+        """The rows of single steps, if there are any, and that of the epoch: means over it and all ranks."""
         self._check_finite()
         if (
             self.session.world_size > 1
@@ -174,8 +187,17 @@ class _Training:
         totals = torch.stack([self.sums[name] for name in names])
         *values, count = self.session.sum(torch.cat([totals, totals.new_tensor([self.counted])])).tolist()
         self.sums, self.counted = {}, 0
-        row: Row = {"time": time.time(), "step": self.step, "epoch": round(epoch, 4)}
-        return row | {f"train_{name}": value / count for name, value in zip(names, values, strict=True)}
+        row: Row = {
+            "time": time.time(),
+            "step": self.step,
+            "epoch": round(self.step / steps_per_epoch, 4),
+        }
+        row |= {f"train_{name}": value / count for name, value in zip(names, values, strict=True)}
+        if self.record is None:
+            return [row]
+        self.record.finished(self.step, epoch_ends=True)
+        *between, last = self.record.rows(steps_per_epoch)
+        return [*between, last | row]
 
     def finish(self) -> None:
         """Leave the trained part as it was found: frozen, in eval mode, in the usual layout."""

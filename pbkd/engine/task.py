@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from pbkd.engine.watch import Watch
+
 
 class Reader(Protocol):
     """The training data (docs/architecture.md, data contract)."""
@@ -50,6 +52,7 @@ class Task:
         teacher: frozen; gives the target. None: the target is what `trained` gets.
         teacher_input: what the teacher gets: the `images`, or the `prefix` output that `trained` gets too.
         training_mode: False keeps BatchNorm statistics and dropout of the trained part off (LP-FT).
+        watch: what to record step by step, in the history alone; None: nothing.
     """
 
     trained: nn.Module
@@ -59,3 +62,4 @@ class Task:
     teacher: nn.Module | None = None
     teacher_input: Literal["images", "prefix"] = "images"
     training_mode: bool = True
+    watch: Watch | None = None

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from pbkd.data import Data, DataInfo, Reader
-from pbkd.engine import Precision, Row, Session, Task, TrainingSettings, fit
+from pbkd.engine import Precision, Row, Session, Task, TrainingSettings, Watch, fit
 from pbkd.engine.settings import Settings
 from pbkd.errors import UserError
-from pbkd.measure import evaluate
+from pbkd.measure import FeatureDrift, evaluate
 from pbkd.networks import BlockNetwork, NetworkSpec
 from pbkd.objectives import cross_entropy
 
 SMOKE_STEPS = 4
+SHOCK_IMAGES = 256
 Role = str
 """What an input is to a stage: `from`, the network it starts with, or `teacher`."""
 
@@ -73,8 +74,10 @@ class Context:
         finally:
             reader.close()
 
-    def train(self, network: BlockNetwork, task: Task, settings: TrainingSettings) -> None:
+    def train(self, network: BlockNetwork, task: Task, settings: TrainingStage) -> None:
         """Train `task`, a part of `network`, in place; `network` is validated after each epoch."""
+        if settings.shock:
+            task = replace(task, watch=self._features_of(network))
         reader = self.reader("train", training=True)
         try:
             self.history += fit(
@@ -88,6 +91,19 @@ class Context:
             )
         finally:
             reader.close()
+        if settings.shock:
+            self._summarize_shock()
+
+    def _features_of(self, network: BlockNetwork) -> Watch:
+        """The feature extractor's gradient, and how like its features are to those at the start."""
+        images = self.images(SHOCK_IMAGES)
+        drift = FeatureDrift(network.to(self.session.device), network.features, images)
+        return Watch(nn.ModuleList([network.stem, network.blocks]), drift)
+
+    def _summarize_shock(self) -> None:
+        for name, worst in (("gradient_norm", max), ("feature_cka", min)):
+            if values := [row[name] for row in self.history if name in row]:
+                self.metrics |= {name: values[-1], f"{name}_{worst.__name__}": worst(values)}
 
     def validate(self, network: BlockNetwork) -> dict[str, float]:
         """Accuracy (percent) and loss on the validation split, over all ranks; empty without one."""
@@ -172,7 +188,14 @@ class Stage(Settings):
 
 
 class TrainingStage(Stage, TrainingSettings):
-    """Base of the stages that train."""
+    """Base of the stages that train.
+
+    Attributes:
+        shock: record gradient shock: at every step the norm of the feature extractor's gradient; now and then
+            linear CKA of its features with those at the start, on `SHOCK_IMAGES` training images.
+    """
+
+    shock: bool = False
 
     def smoke(self) -> Self:
         """At most `SMOKE_STEPS` steps."""
