@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,13 @@ def fit(
     seed: int,
     precision: Precision | None = None,
     validate: Callable[[], Mapping[str, float]] | None = None,
+    ended: Callable[[Sequence[Row]], bool] | None = None,
 ) -> list[Row]:
     """Train `task.trained` in place and return the history, one row an epoch (or part of one).
 
     With `task.watch` there is a row a step, of which only those that end an epoch are reported.
+
+    `ended` is asked after each epoch, of the history, whether that was the last one already.
 
     Killed and started again with the same session folder, it goes on from the last checkpoint and ends with
     the same weights and history.
@@ -47,7 +50,7 @@ def fit(
         return []
     training = _Training(task, settings.optimizer, session, precision or Precision(), seed)
     training.restore()
-    while training.step < steps:
+    while training.step < steps and not (ended is not None and ended(training.history)):
         epoch, batch = divmod(training.step, steps_per_epoch)
         reader.set_epoch(epoch)
         reader.resume_at(batch)

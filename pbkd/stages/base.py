@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -74,8 +74,14 @@ class Context:
         finally:
             reader.close()
 
-    def train(self, network: BlockNetwork, task: Task, settings: TrainingStage) -> None:
-        """Train `task`, a part of `network`, in place; `network` is validated after each epoch."""
+    def train(
+        self,
+        network: BlockNetwork,
+        task: Task,
+        settings: TrainingStage,
+        ended: Callable[[Sequence[Row]], bool] | None = None,
+    ) -> None:
+        """Train `task`, a part of `network`, in place; validate `network` after each epoch; see `fit`."""
         if settings.shock:
             task = replace(task, watch=self._features_of(network))
         reader = self.reader("train", training=True)
@@ -88,6 +94,7 @@ class Context:
                 self.seed,
                 self.precision,
                 lambda: self.validate(network),
+                ended,
             )
         finally:
             reader.close()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from pbkd.data import DataInfo
-from pbkd.engine import OptimizerSettings, Task
+from pbkd.engine import OptimizerSettings, Row, Task
+from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, NetworkSpec
 from pbkd.stages.base import Context, Role, TrainingStage, label_objective, start_of
 
@@ -17,10 +20,15 @@ class Stabilize(TrainingStage):
 
     Our reading of the first phase of Kozynets & Demkiv (2026), with the settings of LP-FT (Kumar et al., ICLR
     2022): SGD with momentum, no weight decay.
+
+    Attributes:
+        patience: end when the validation loss has not fallen for so many epochs; null: only with `epochs` or
+            `steps`, which remain the longest it may take and what the learning rate is a schedule over.
     """
 
     kind: Literal["stabilize"] = "stabilize"
     optimizer: OptimizerSettings = OptimizerSettings(weight_decay=0.0)
+    patience: PositiveInt | None = None
 
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The architecture does not change."""
@@ -28,6 +36,11 @@ class Stabilize(TrainingStage):
 
     def run(self, context: Context) -> BlockNetwork:
         """Train `classifier` behind the frozen features."""
+        if self.patience is not None and not context.data.sizes["val"]:
+            raise UserError(
+                f"patience={self.patience}: there is no validation split to see a plateau on; "
+                "set data.val_fraction, or leave patience out"
+            )
         network = copy.deepcopy(context.inputs["from"])
         task = Task(
             trained=network.classifier,
@@ -35,5 +48,11 @@ class Stabilize(TrainingStage):
             prefix=network.prefix(len(network.blocks)),
             training_mode=False,
         )
-        context.train(network, task, self)
+        context.train(network, task, self, self._has_plateaued)
         return network
+
+    def _has_plateaued(self, history: Sequence[Row]) -> bool:
+        losses = [row["val_loss"] for row in history if "val_loss" in row]
+        if self.patience is None or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.patience

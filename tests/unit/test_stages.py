@@ -1,5 +1,7 @@
 """Stages: each gives the architecture it planned, changes only what it says, and says what it measured."""
 
+import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save_file
 
 from pbkd.data import DataSettings
-from pbkd.engine import LocalSession, Precision
+from pbkd.engine import LocalSession, Precision, Stopped
 from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, NetworkSettings, architecture, fresh, weights_digest
 from pbkd.stages import (
@@ -115,6 +117,39 @@ def test_stabilize_moves_the_classifier_alone(kind: str) -> None:
     network, teacher = network_of(kind), network_of(kind, seed=1)
     result = run(Stabilize(steps=3), from_=network, teacher=teacher)
     assert changed(network, result.network) == {"classifier"}
+
+
+def test_stabilize_ends_at_a_plateau_wherever_it_is_interrupted(tmp_path: Path) -> None:
+    network, teacher = network_of(), network_of(seed=1)
+    roles = {"from": network, "teacher": teacher}
+
+    def stabilize(session: LocalSession, **settings: Any) -> StageResult:
+        optimizer = {"lr": 0.5, "schedule": "constant", "weight_decay": 0.0}  # so high that it soon rises
+        stage = Stabilize.model_validate({"epochs": 12, "optimizer": optimizer, **settings})
+        return run_stage(stage, Context(session, roles, digits(limit=100), 3, Precision()))
+
+    losses = [row["val_loss"] for row in stabilize(LocalSession()).history]
+    assert len(losses) == 12
+    ended = stabilize(LocalSession(), patience=2)
+    expected = next(n for n in range(3, 13) if min(losses[:n]) < min(losses[n - 2 : n]))
+    assert [row["val_loss"] for row in ended.history] == losses[:expected]
+    assert expected < 12, "or this test tests nothing"
+
+    stops = itertools.count()
+    session = LocalSession(tmp_path, should_stop=lambda: next(stops) == 2 * expected - 1)
+    with pytest.raises(Stopped):
+        stabilize(session, patience=2)
+    resumed = stabilize(LocalSession(tmp_path), patience=2)
+    assert weights_digest(resumed.network.state_dict()) == weights_digest(ended.network.state_dict())
+    assert len(resumed.history) == expected
+
+
+def test_a_plateau_needs_a_validation_split() -> None:
+    data = copy.copy(digits(limit=100))
+    data.sizes = {**data.sizes, "val": 0}
+    context = Context(LocalSession(), {"from": network_of()}, data, 0, Precision())
+    with pytest.raises(UserError, match="patience=2: there is no validation split"):
+        Stabilize(epochs=9, patience=2).run(context)
 
 
 def test_distill_moves_everything_and_the_teacher_nothing() -> None:
