@@ -1,6 +1,7 @@
 """The training loop, its settings, its resumable state, and the session through which it sees the machine."""
 
 from pbkd.engine.loop import fit
+from pbkd.engine.mask import Mask
 from pbkd.engine.session import LocalSession, Session, Stopped
 from pbkd.engine.settings import OptimizerSettings, Precision, TrainingSettings
 from pbkd.engine.state import CheckpointFolder, Row, State
@@ -14,6 +15,7 @@ __all__ = [
     "ENGINE_VERSION",
     "CheckpointFolder",
     "LocalSession",
+    "Mask",
     "OptimizerSettings",
     "Precision",
     "Row",

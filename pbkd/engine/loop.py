@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pbkd.engine.mask import Masking
 from pbkd.engine.session import Session, Stopped
 from pbkd.engine.settings import OptimizerSettings, Precision, TrainingSettings
 from pbkd.engine.state import Row, apply, capture
 from pbkd.engine.task import Reader, Task
 from pbkd.engine.watch import StepRecord
-from pbkd.errors import StageError
+from pbkd.errors import StageError, UserError
 from pbkd.networks import fold_norms
 
 NEVER = 2**62
@@ -41,6 +42,7 @@ def fit(
     the same weights and history.
 
     Raises:
+        UserError: a mask would come into force after the last step.
         StageError: the loss or a weight is not finite; names the step. The checkpoints before it are kept.
         Stopped: the session asked for it; the state is saved.
     """
@@ -48,6 +50,8 @@ def fit(
     steps = settings.total_steps(steps_per_epoch)
     if steps == 0:
         return []
+    if task.mask is not None and task.mask.from_step >= steps:
+        raise UserError(f"rewind={task.mask.from_step}: the training is over after {steps} steps; lower it")
     training = _Training(task, settings.optimizer, session, precision or Precision(), seed)
     training.restore()
     while training.step < steps and not (ended is not None and ended(training.history)):
@@ -97,6 +101,7 @@ class _Training:
         self.sums: dict[str, Tensor] = {}
         self.counted = 0
         self.first_bad = torch.tensor(NEVER, device=self.device)
+        self.masking = Masking(task.mask, self.trained) if task.mask is not None else None
         self.record = StepRecord(task.watch, self.device) if task.watch is not None else None
 
     def _frozen(self, part: nn.Module | None) -> nn.Module | None:
@@ -143,6 +148,8 @@ class _Training:
         """One optimizer step on this rank's share of a batch of `global_count` samples; waits for nothing."""
         images = images.contiguous(memory_format=self.layout)
         _seed_generators(self.seed, self.step, self.session.rank, self.device)
+        if self.masking is not None:
+            self.masking.begin(self.step, self.optimizer)
         with self.precision.autocast(self.device):
             with torch.no_grad():
                 inputs = self.prefix(images) if self.prefix is not None else images
@@ -157,6 +164,8 @@ class _Training:
 
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if self.masking is not None:
+            self.masking.gradients(self.step)
         if self.clip is not None or self.record is not None:
             self.scaler.unscale_(self.optimizer)
         if self.record is not None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from pbkd.engine.mask import Mask
 from pbkd.engine.watch import Watch
 
 
@@ -52,6 +53,7 @@ class Task:
         teacher: frozen; gives the target. None: the target is what `trained` gets.
         teacher_input: what the teacher gets: the `images`, or the `prefix` output that `trained` gets too.
         training_mode: False keeps BatchNorm statistics and dropout of the trained part off (LP-FT).
+        mask: weights of the trained part that are to be zero; None: none.
         watch: what to record step by step, in the history alone; None: nothing.
     """
 
@@ -62,4 +64,5 @@ class Task:
     teacher: nn.Module | None = None
     teacher_input: Literal["images", "prefix"] = "images"
     training_mode: bool = True
+    mask: Mask | None = None
     watch: Watch | None = None

@@ -1,7 +1,7 @@
 """What a network is worth: accuracy, fidelity, calibration, cost and latency of any module."""
 
 from pbkd.measure.accuracy import Evaluation, evaluate
-from pbkd.measure.cost import Cost, count, nonzero_params
+from pbkd.measure.cost import Cost, count, nonzero_macs, nonzero_params
 from pbkd.measure.latency import Latency, measure_latency
 from pbkd.measure.shock import FeatureDrift, linear_cka
 
@@ -14,5 +14,6 @@ __all__ = [
     "evaluate",
     "linear_cka",
     "measure_latency",
+    "nonzero_macs",
     "nonzero_params",
 ]

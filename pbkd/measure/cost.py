@@ -27,18 +27,37 @@ def count(network: nn.Module, input_shape: tuple[int, ...]) -> Cost:
     included, and keeps its weights and modes. Batch normalization is left out of both, as it folds into the
     convolution before it.
     """
-    shapes = {name: _meta(tensor) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
-    dtype = next((weight.dtype for weight in network.parameters()), torch.float32)
-    image = torch.empty((1, *input_shape), dtype=dtype, device="meta")
-    with evaluating(network), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(network, shapes, (image,))
+    flops = _flop_counter(network, input_shape)
     params = sum(tensor.numel() for tensor in _weights(network))
-    return Cost(params=params, macs=counter.get_total_flops() // 2)
+    return Cost(params=params, macs=flops.get_total_flops() // 2)
+
+
+def nonzero_macs(network: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """The multiply-accumulates `count` counts whose weight is not zero: an ideal sparse kernel's."""
+    flops, root = _flop_counter(network, input_shape).get_flop_counts(), type(network).__name__
+    total = 0.0
+    for name, layer in network.named_modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and (found := flops.get(f"{root}.{name}" if name else root)):
+            share = int(torch.count_nonzero(weight)) / weight.numel()
+            total += share * sum(found.values()) / 2
+    return round(total)
 
 
 def nonzero_params(network: nn.Module) -> int:
     """How many of the parameters `count` counts are not zero."""
     return int(sum(torch.count_nonzero(tensor) for tensor in _weights(network)))
+
+
+def _flop_counter(network: nn.Module, input_shape: tuple[int, ...]) -> FlopCounterMode:
+    """The counter after a forward pass of one image on the meta device, module by module."""
+    shapes = {name: _meta(tensor) for name, tensor in (*network.named_parameters(), *network.named_buffers())}
+    dtype = next((weight.dtype for weight in network.parameters()), torch.float32)
+    image = torch.empty((1, *input_shape), dtype=dtype, device="meta")
+    counter = FlopCounterMode(display=False)
+    with evaluating(network), torch.no_grad(), counter:
+        functional_call(network, shapes, (image,))
+    return counter
 
 
 def _weights(network: nn.Module) -> list[nn.Parameter]:

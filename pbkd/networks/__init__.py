@@ -4,7 +4,7 @@ from pbkd.networks.block_network import BlockNetwork, build_block, fold_norms, o
 from pbkd.networks.cost import cost_of
 from pbkd.networks.features import FeatureNetwork, Features, feature_sizes
 from pbkd.networks.spec import BlockSpec, ConvSpec, NetworkSpec
-from pbkd.networks.weights import fresh, initialize_fresh, load_weights, weights_digest
+from pbkd.networks.weights import fresh, initialize_fresh, load_weights, maskable_weights, weights_digest
 from pbkd.networks.zoo import NetworkSettings, architecture
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "fresh",
     "initialize_fresh",
     "load_weights",
+    "maskable_weights",
     "on_meta",
     "spec_of",
     "weights_digest",

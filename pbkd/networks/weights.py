@@ -51,6 +51,15 @@ def fresh(spec: NetworkSpec, seed: int) -> BlockNetwork:
     return network
 
 
+def maskable_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The weights of convolutions and linear layers, without biases, by name."""
+    return {
+        f"{name}.weight": module.weight
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
 def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy `tensors` into `network`; the names are pbkd's own or those of public VGG and ResNet checkpoints.
 

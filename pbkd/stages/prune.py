@@ -1,4 +1,7 @@
-"""`prune`: remove the least important channels, on Torch-Pruning's dependency graph (Fang et al. 2023)."""
+"""`prune`: remove the least important channels, on Torch-Pruning's dependency graph (Fang et al. 2023).
+
+With `sparsity` single weights are set to zero instead, which makes nothing faster: it is for lottery tickets.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 
 from pbkd.data import DataInfo
 from pbkd.errors import UserError
-from pbkd.networks import BlockNetwork, NetworkSpec, cost_of, spec_of
+from pbkd.networks import BlockNetwork, NetworkSpec, cost_of, maskable_weights, spec_of
 from pbkd.networks.block_network import ConvLayer, Residual, path_of
 from pbkd.networks.spec import BlockSpec, ConvSpec, PadShortcut, ResidualUnit, Unit, layers_of
 from pbkd.stages.base import Context, Role, Stage, Unplanned, start_of
@@ -29,6 +32,8 @@ class Prune(Stage):
     Attributes:
         ratio: share of the channels each layer (or, with `ranking: global`, the network) loses.
         macs: share of the multiply-accumulates that may be left; the smallest ratio that reaches it is taken.
+        sparsity: share of the weights that are not zero yet that is set to zero, those of smallest magnitude
+            in the whole network; channels, biases and norms stay. The next four have no meaning then.
         criterion: `l1` (Li et al. 2017), `group_norm` (L2 norm of the whole coupled group), `bn_scale` (Liu
             et al. 2017; layers without BatchNorm by `l1`).
         ranking: `uniform`: every layer loses the same share; `global`: layers compete.
@@ -41,6 +46,7 @@ class Prune(Stage):
     kind: Literal["prune"] = "prune"
     ratio: Annotated[float, Field(gt=0.0, le=LARGEST_RATIO)] | None = None
     macs: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     criterion: Criterion = "l1"
     ranking: Literal["uniform", "global"] = "uniform"
     scope: Literal["interior", "all"] = "interior"
@@ -49,8 +55,15 @@ class Prune(Stage):
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:
-        if (self.ratio is None) == (self.macs is None):
-            raise ValueError("give either ratio (share of channels removed) or macs (share of MACs left)")
+        if [self.ratio, self.macs, self.sparsity].count(None) != 2:
+            raise ValueError(
+                "give one of ratio (share of channels removed), macs (share of MACs left) and sparsity (share "
+                "of single weights set to zero)"
+            )
+        of_channels = ("criterion", "ranking", "scope", "round_to")
+        fields = type(self).model_fields
+        if self.sparsity is not None and any(getattr(self, n) != fields[n].default for n in of_channels):
+            raise ValueError(f"sparsity sets single weights to zero; leave out {', '.join(of_channels)}")
         if self.recalibrate_images == 1:
             raise ValueError("recalibrate_images is 0 or at least 2: one image has no variance")
         return self
@@ -62,6 +75,8 @@ class Prune(Stage):
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The pruned architecture, where it does not depend on the weights."""
         spec = start_of(inputs, info, "the network to prune")
+        if self.sparsity is not None:
+            return spec
         self._check(spec)
         if self.ranking == "global" or self.scope == "all":
             raise Unplanned("which layers lose channels depends on the weights")
@@ -74,9 +89,13 @@ class Prune(Stage):
     def run(self, context: Context) -> BlockNetwork:
         """Prune, then estimate BatchNorm statistics anew; both steps are judged on the validation split."""
         given = context.inputs["from"]
-        self._check(given.spec)
         context.metrics.update(_named(context.validate(given), "before"))
-        network = self._pruned(given.cpu())
+        if self.sparsity is None:
+            self._check(given.spec)
+            network = self._pruned(given.cpu())
+        else:
+            network = copy.deepcopy(given.cpu())
+            zero_smallest(network, self.sparsity)
         context.metrics.update(_named(context.validate(network), "pruned"))
         if self.recalibrate_images:
             estimate_norms(network, context.images(self.recalibrate_images), context.data.settings.batch_size)
@@ -174,6 +193,17 @@ class Prune(Stage):
                 scores = BNScaleImportance(normalizer=None)(group)
                 scores = by_filter(group) if scores is None else scores
         return cast(Tensor, scores).detach()
+
+
+@torch.no_grad()
+def zero_smallest(network: BlockNetwork, share: float) -> None:
+    """Of the n weights of `network` that are not zero, set the floor(`share` * n) smallest to zero."""
+    weights = list(maskable_weights(network).values())
+    flat = nn.utils.parameters_to_vector(weights)
+    alive = int(torch.count_nonzero(flat))
+    order = flat.abs().argsort(stable=True)  # those that are zero already come first
+    flat[order[: len(flat) - alive + int(share * alive)]] = 0.0
+    nn.utils.vector_to_parameters(flat, weights)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pbkd.engine import Row
-from pbkd.measure import evaluate, nonzero_params
+from pbkd.measure import evaluate, nonzero_macs, nonzero_params
 from pbkd.networks import BlockNetwork, cost_of
 from pbkd.stages.base import Context, Stage, Unplanned
 
@@ -50,7 +50,12 @@ def run_stage(stage: Stage, context: Context) -> StageResult:
     if teacher is None:
         metrics["agreement"] = 100.0
     cost = cost_of(network.spec)
-    metrics |= {"params": cost.params, "macs": cost.macs, "nonzero_params": nonzero_params(network)}
+    metrics |= {
+        "params": cost.params,
+        "macs": cost.macs,
+        "nonzero_params": nonzero_params(network),
+        "nonzero_macs": nonzero_macs(network, network.spec.input_shape),
+    }
     if teacher is not None:
         original = cost_of(teacher.spec)
         metrics |= {"macs_ratio": original.macs / cost.macs, "params_ratio": original.params / cost.params}

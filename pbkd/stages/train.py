@@ -6,12 +6,19 @@ import copy
 from collections.abc import Mapping
 from typing import Literal, Self
 
-from pydantic import model_validator
+from pydantic import NonNegativeInt, model_validator
 
 from pbkd.data import DataInfo
-from pbkd.engine import Task
-from pbkd.networks import BlockNetwork, NetworkSettings, NetworkSpec, architecture, fresh
-from pbkd.stages.base import Context, Role, TrainingStage, label_objective, start_of
+from pbkd.engine import Mask, Task
+from pbkd.networks import (
+    BlockNetwork,
+    NetworkSettings,
+    NetworkSpec,
+    architecture,
+    fresh,
+    maskable_weights,
+)
+from pbkd.stages.base import SMOKE_STEPS, Context, Role, TrainingStage, label_objective, start_of
 
 
 class Train(TrainingStage):
@@ -20,17 +27,29 @@ class Train(TrainingStage):
     Attributes:
         network: a named architecture, with fresh weights; without it, that of the `from` stage.
         weights: `fresh`, or `keep` those of the `from` stage (fine-tuning).
+        rewind: weights that are zero in the `from` stage's network become and stay zero from this step on:
+            a lottery ticket. With the settings of the stage that first trained the network the steps before
+            are that stage's own, bit for bit, so they lead to the very weights to rewind to (Frankle et al.,
+            ICML 2020); 0 rewinds to the initial ones (Frankle & Carbin, ICLR 2019).
     """
 
     kind: Literal["train"] = "train"
     network: NetworkSettings | None = None
     weights: Literal["fresh", "keep"] = "fresh"
+    rewind: NonNegativeInt | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.network is not None and (self.from_ is not None or self.weights == "keep"):
             raise ValueError("give either network (fresh weights) or from (another stage's), not both")
+        if self.rewind is not None and (self.network is not None or self.weights == "keep"):
+            raise ValueError("rewind starts over: give weights: fresh, and the pruned network as from")
         return self
+
+    def smoke(self) -> Self:
+        """A few steps, rewound to an even earlier one."""
+        rewind = None if self.rewind is None else min(self.rewind, SMOKE_STEPS // 2)
+        return super().smoke().model_copy(update={"rewind": rewind})
 
     def needs_from(self) -> bool:
         """Only without a named architecture."""
@@ -49,5 +68,9 @@ class Train(TrainingStage):
         else:
             specs = {role: given.spec for role, given in context.inputs.items()}
             network = fresh(self.plan(specs, context.data.info), context.seed)
-        context.train(network, Task(trained=network, objective=label_objective), self)
+        mask = None
+        if self.rewind is not None:
+            weights = maskable_weights(context.inputs["from"])
+            mask = Mask({name: weight != 0 for name, weight in weights.items()}, self.rewind)
+        context.train(network, Task(trained=network, objective=label_objective, mask=mask), self)
         return network

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pbkd.measure import count, measure_latency, nonzero_params
+from pbkd.measure import count, measure_latency, nonzero_macs, nonzero_params
 from pbkd.torchvision_compat import import_torchvision
 
 
@@ -63,11 +63,16 @@ def test_zeros_are_not_counted_as_parameters_that_matter():
     for tensor in network.parameters():
         nn.init.ones_(tensor)
     assert nonzero_params(network) == 216 + 80 + 90
+    assert nonzero_macs(network, (3, 16, 16)) == count(network, (3, 16, 16)).macs
     with torch.no_grad():
         network[0].weight[:, 0] = 0
         network[7].bias[:4] = 0
         network[1].weight[:] = 0
     assert nonzero_params(network) == 216 - 72 + 80 + 86
+    assert nonzero_macs(network, (3, 16, 16)) == (216 - 72) * 256 + 72 * 64 + 80
+    linear = nn.Linear(6, 2)
+    nn.init.eye_(linear.weight)
+    assert nonzero_macs(linear, (6,)) == 2
 
 
 def test_latency_is_measured_in_eval_mode_and_leaves_no_trace():
