@@ -57,8 +57,8 @@ class Prune(Stage):
     def _one_target(self) -> Self:
         if [self.ratio, self.macs, self.sparsity].count(None) != 2:
             raise ValueError(
-                "give one of ratio (share of channels removed), macs (share of MACs left) and sparsity (share "
-                "of single weights set to zero)"
+                "give one of ratio (share of channels removed), macs (share of MACs left) and sparsity "
+                "(share of single weights set to zero)"
             )
         of_channels = ("criterion", "ranking", "scope", "round_to")
         fields = type(self).model_fields
