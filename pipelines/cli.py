@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -76,7 +77,9 @@ def run(
         if opened is None:  # made only now: a mistake leaves nothing behind
             require_machine(graph.recipe.compute)
             opened = Store(store)
-        with LiveDisplay(console, graph) if console.is_terminal else PlainDisplay(console) as display:
+        display = LiveDisplay(console, graph) if console.is_terminal else PlainDisplay(console)
+        # Stdout is for the result: Ray prints there, whatever it is told, that a worker has died.
+        with redirect_stdout(sys.stderr), display:
             result = run_pipeline(graph, opened, display)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
