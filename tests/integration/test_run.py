@@ -1,0 +1,180 @@
+"""A run, on Ray and on this machine alone: the same results, whoever is killed; and nothing left behind."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until
+
+LOCAL, RAY = "compute.executor=local", "compute.executor=ray"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(SMALL, LOCAL, "--store", tmp_path_factory.mktemp("local"))
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of two stages, each long enough to be killed in the middle."""
+    recipe = OmegaConf.load(SMALL)
+    recipe.stages = {name: recipe.stages[name] for name in ("teacher", "recovered")}
+    recipe.stages.teacher.steps = recipe.stages.recovered.steps = 200
+    recipe.baselines = []
+    path = tmp_path_factory.mktemp("long") / "long.yaml"
+    OmegaConf.save(recipe, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(long: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(long, LOCAL, "--store", tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Path, str, Path]]:
+    store, home = tmp_path_factory.mktemp("ray"), tmp_path_factory.mktemp("home")
+    with pbkd("run", SMALL, RAY, "--store", store, "--json", HOME=str(home)) as command:
+        code, out, err = command.wait()
+        assert code == 0, err
+        until(lambda: not command.processes(), "the end of every process")
+        yield json.loads(out), store, err, home
+
+
+def has_checkpoint(store: Path) -> bool:
+    return any(store.glob("work/*/step-*"))
+
+
+def leases(store: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in store.glob("leases/*/*.json")]
+
+
+def journal(store: Path) -> list[dict[str, Any]]:
+    (path,) = store.glob("pipelines/*/journal.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_ray_and_this_machine_give_the_same_weights(
+    undisturbed: dict[str, Any], on_ray: tuple[dict[str, Any], Path, str, Path]
+) -> None:
+    report = on_ray[0]
+    assert digests(report) == digests(undisturbed)
+    assert set(states(report).values()) == {"ran"}
+
+
+def test_another_seed_gives_other_weights(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    other = digests(run(SMALL, LOCAL, "seed=1", "--store", tmp_path))
+    assert other.keys() == digests(undisturbed).keys()
+    assert not set(other.values()) & set(digests(undisturbed).values())
+
+
+def test_a_good_run_says_a_line_for_each_stage_and_leaves_nothing_in_the_home(
+    on_ray: tuple[dict[str, Any], Path, str, Path],
+) -> None:
+    report, _, err, home = on_ray
+    assert sorted(line.split()[0] for line in err.splitlines()) == sorted(states(report))
+    assert list(home.iterdir()) == []
+
+
+def test_the_journal_tells_all_that_happened_in_order(on_ray: tuple[dict[str, Any], Path, str, Path]) -> None:
+    report, store, _, _ = on_ray
+    records = journal(store)
+    assert (records[0]["type"], records[-1]["type"]) == ("pipeline", "ended")
+    assert records[-1]["status"] == "finished"
+    for name in states(report):
+        kinds = [record["type"] for record in records if record.get("name") == name]
+        assert kinds == ["started", "finished"], name
+    measured = {record["key"] for record in records if record["type"] == "latency"}
+    assert measured == {stage["key"] for stage in report["stages"]}
+
+
+def test_a_finished_pipeline_run_again_starts_no_ray_and_records_nothing(
+    on_ray: tuple[dict[str, Any], Path, str, Path],
+) -> None:
+    report, store, _, _ = on_ray
+    before = journal(store)
+    again = run(SMALL, RAY, "--store", store, RAY_ADDRESS="127.0.0.1:1")  # where no cluster could be joined
+    assert set(states(again).values()) == {"reused"}
+    assert digests(again) == digests(report)
+    assert [stage["run_id"] for stage in again["stages"]] == [stage["run_id"] for stage in report["stages"]]
+    assert journal(store) == before
+
+
+def test_what_a_run_did_can_be_planned_from_its_own_record(
+    on_ray: tuple[dict[str, Any], Path, str, Path],
+) -> None:
+    report, store, _, _ = on_ray
+    (recorded,) = store.glob("pipelines/*/recipe.yaml")
+    with pbkd("plan", recorded, "--store", store, "--json") as command:
+        planned = command.succeed()
+    assert {stage["key"]: stage["state"] for stage in planned["stages"]} == {
+        stage["key"]: "done" for stage in report["stages"]
+    }
+
+
+def test_a_lost_mlflow_is_completed_by_typing_the_command_again(
+    on_ray: tuple[dict[str, Any], Path, str, Path],
+) -> None:
+    report, store, _, _ = on_ray
+    (store / "mlflow" / "mlflow.db").unlink()
+    again = run(SMALL, RAY, "--store", store)
+    assert all(stage["run_id"] for stage in again["stages"])
+    with pbkd("lineage", again["stages"][-1]["run_id"], "--store", store, "--json") as command:
+        chain = command.succeed()["chain"]
+    assert [row["run_id"] for row in chain if row["stage"] == "teacher"] == [again["stages"][0]["run_id"]]
+    assert {stage["run_id"] for stage in again["stages"]}.isdisjoint(
+        stage["run_id"] for stage in report["stages"]
+    )
+
+
+@pytest.mark.parametrize(("executor", "number"), [(RAY, signal.SIGTERM), (LOCAL, signal.SIGINT)])
+def test_a_stopped_run_leaves_no_process_and_no_lease_and_says_how_to_go_on(
+    executor: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    with pbkd("run", SMALL, executor, "stages.teacher.steps=100000", "--store", tmp_path) as command:
+        until(lambda: has_checkpoint(tmp_path), "a checkpoint")
+        command.signal(number, group=number is signal.SIGINT)  # as Ctrl-C in a terminal
+        code, out, err = command.wait()
+        assert (code, out, err) == (130, "", "stopped; the same command goes on from here\n")
+        until(lambda: not command.processes(), "the end of every process")
+    assert [lease["released"] for lease in leases(tmp_path)] == [True] * len(leases(tmp_path)) != []
+    assert journal(tmp_path)[-1]["status"] == "stopped"
+
+
+def test_a_killed_ray_worker_is_replaced_and_the_weights_are_the_same(
+    long: Path, undisturbed_long: dict[str, Any], tmp_path: Path
+) -> None:
+    with pbkd("run", long, RAY, "compute.fuse=false", "--store", tmp_path, "--json") as command:
+        until(lambda: has_checkpoint(tmp_path), "a checkpoint")
+        (worker,) = command.processes("ray::RayTrainWorker")
+        os.kill(worker, signal.SIGKILL)
+        report = command.succeed()
+    assert digests(report) == digests(undisturbed_long)
+
+
+@pytest.mark.parametrize("executor", [RAY, LOCAL])
+def test_a_killed_driver_takes_its_processes_along_and_the_next_goes_on(
+    executor: str, long: Path, undisturbed_long: dict[str, Any], tmp_path: Path
+) -> None:
+    with pbkd("run", long, executor, "--store", tmp_path) as command:
+        until(lambda: any(tmp_path.glob("manifests/*.json")), "the first finished stage")
+        until(lambda: has_checkpoint(tmp_path), "a checkpoint of the second")
+        command.signal(signal.SIGKILL)
+        title = "ray::RayTrainWorker" if executor == RAY else ""
+        until(lambda: not command.processes(title), "the end of its processes")
+    again = run(long, LOCAL, "--store", tmp_path)
+    assert states(again) == {"teacher": "reused", "recovered": "ran"}
+    assert digests(again) == digests(undisturbed_long)
+
+
+def test_two_workers_give_the_same_weights_on_ray_and_on_this_machine(long: Path, tmp_path: Path) -> None:
+    arguments = [long, "compute.workers=2", "stages.teacher.steps=8", "stages.recovered.steps=8"]
+    local = run(*arguments, LOCAL, "--store", tmp_path / "local")
+    ray = run(*arguments, RAY, "--store", tmp_path / "ray")
+    assert digests(local) == digests(ray)
