@@ -30,6 +30,8 @@ class LogLines(logging.Handler):
         text = f"{record.levelname.lower()}: {record.getMessage()}"
         self._console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
+STYLES = {"teacher": "bold", "student": "bold green", "baseline": "cyan"}
+
 
 class LiveDisplay:
     """A bar for the pipeline and one for every stage that runs."""
@@ -125,66 +127,65 @@ def _line(node: Node, outcome: Outcome, manifest: Manifest) -> str:
 
 
 def result_table(result: PipelineResult) -> Table:
-    """Teacher, every stage, the student and the baselines: cost and accuracy side by side."""
+    """Teacher, every stage, the student and the baselines: cost and accuracy side by side, in 80 columns."""
     graph = result.graph
-    table = Table(title=f"{graph.recipe.name}: every stage's network", title_justify="left", pad_edge=False)
-    table.add_column("stage", no_wrap=True)
-    table.add_column("kind")
-    for column in ("MACs", "teacher/MACs", "params", "test %", "val %", "agree %", "ms", "time"):
+    table = _table(f"{graph.recipe.name}: every stage's network", ["stage", ""])
+    for column in ("MACs", "fewer", "params", "test %", "agree %", "ms", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, node in sorted(graph.nodes.items(), key=lambda item: item[0] in graph.baselines):
         manifest = result.manifests[name]
         metrics = manifest.metrics
         role = graph.role(name)
-        style = {"teacher": "bold", "student": "bold green", "baseline": "cyan"}.get(role)
-        label = name if role == "stage" else f"{name} ({role})"
         table.add_row(
-            label,
-            node.stage.kind,
+            name,
+            node.stage.kind if role == "stage" else role,
             human(metrics.get("macs")),
             _number(metrics.get("macs_ratio"), ".2f", "x"),
             human(metrics.get("params")),
             _number(metrics.get("test_accuracy"), ".2f"),
-            _number(metrics.get("val_accuracy"), ".2f"),
             _number(metrics.get("agreement"), ".2f"),
             _number(result.latencies.get(name), ".2f"),
             "reused" if result.outcomes[name] == "reused" else f"{manifest.seconds:.1f} s",
-            style=style,
+            style=STYLES.get(role),
         )
     return table
 
 
 def plan_table(rows: list[dict[str, Any]], name: str) -> Table:
     """What a run would do."""
-    table = Table(title=f"{name}: the plan", title_justify="left", pad_edge=False)
-    for column in ("stage", "kind", "from", "teacher", "state"):
-        table.add_column(column, no_wrap=True)
-    for column in ("params", "MACs", "teacher/params", "teacher/MACs"):
+    table = _table(f"{name}: the plan", ["stage", "kind", "from", "state"])
+    for column in ("params", "fewer", "MACs", "fewer"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("key")
+    table.add_column("key", no_wrap=True)
     for row in rows:
         table.add_row(
             row["name"],
             row["kind"],
             row["from"] or "",
-            row["teacher"] or "",
             row["state"],
             human(row["params"]),
-            human(row["macs"]),
             _number(row["params_ratio"], ".3f", "x"),
+            human(row["macs"]),
             _number(row["macs_ratio"], ".3f", "x"),
-            (row["key"] or "")[:12],
+            (row["key"] or "")[:7],
         )
     return table
 
 
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
 def human(value: float | None) -> str:
-    """1005184 -> 1.005 M."""
+    """1005184 -> 1.01 M."""
     if value is None:
         return "?"
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
-            return f"{value / size:.4g} {unit}"
+            return f"{value / size:.3g} {unit}"
     return f"{value:g}"
 
 
