@@ -78,6 +78,8 @@ class Prune(Stage):
         if self.sparsity is not None:
             return spec
         self._check(spec)
+        if self.macs is not None and self.scope == "interior":
+            self._check_least(cost_of(_narrowed(spec, 1.0, self.round_to)).macs, cost_of(spec).macs)
         if self.ranking == "global" or self.scope == "all":
             raise Unplanned("which layers lose channels depends on the weights")
         return _narrowed(spec, self._uniform_ratio(spec), self.round_to)
@@ -126,12 +128,7 @@ class Prune(Stage):
     def _smallest_ratio(self, macs: int, macs_left: Callable[[float], int]) -> float:
         assert self.macs is not None
         low, high = 0, SEARCH_STEPS
-        reached = macs_left(LARGEST_RATIO)
-        if reached > self.macs * macs:
-            raise UserError(
-                f"macs={self.macs:g}: pruning with scope={self.scope}, round_to={self.round_to} can leave no "
-                f"less than {reached / macs:.3f} of the MACs; raise macs, or lower round_to"
-            )
+        self._check_least(macs_left(LARGEST_RATIO), macs)
         while high - low > 1:
             middle = (low + high) // 2
             if macs_left(LARGEST_RATIO * middle / SEARCH_STEPS) <= self.macs * macs:
@@ -139,6 +136,14 @@ class Prune(Stage):
             else:
                 low = middle
         return LARGEST_RATIO * high / SEARCH_STEPS
+
+    def _check_least(self, least: int, macs: int) -> None:
+        assert self.macs is not None
+        if least > self.macs * macs:
+            raise UserError(
+                f"macs={self.macs:g}: pruning with scope={self.scope}, round_to={self.round_to} can leave no "
+                f"less than {least / macs:.3f} of the MACs; raise macs, or lower round_to"
+            )
 
     def _pruned(self, given: BlockNetwork) -> BlockNetwork:
         if self.ratio is not None:

@@ -14,7 +14,7 @@ import torch
 from pbkd.data import DataSettings, open_data
 from pbkd.engine import LocalSession, Precision
 from pbkd.networks import BlockNetwork
-from pbkd.stages import Block, Context, Distill, Prune, Stabilize, Stage, Train, run_stage
+from pbkd.stages import Assemble, Block, Context, Distill, Prune, Stabilize, Stage, Train, run_stage
 
 RECORDED = Path(__file__).parent / "losses.json"
 TRAINING: dict[str, Any] = {"epochs": 3, "optimizer": {"lr": 0.05, "clip": 5.0}}
@@ -57,6 +57,15 @@ def _curves() -> dict[str, Curves]:
     fresh = Distill.model_validate({"weights": "fresh", **TRAINING})
     run("distill_fresh", fresh, from_=student, teacher=teacher)
     run("fine_tune", Train.model_validate({"weights": "keep", **TRAINING}), from_=student, teacher=teacher)
+
+    terms = {"alpha": 0.5, "attention_weight": 60, "distance_weight": 25, "angle_weight": 50}
+    features = Distill.model_validate({**terms, **TRAINING})
+    run("distill_features", features, from_=student, teacher=teacher)
+    apart = Block.model_validate({"block": 2, "input": "teacher", "init_images": 64, **TRAINING})
+    block = run("block_apart", apart, from_=teacher, teacher=teacher)
+    run("assemble", Assemble(), from_=teacher, teacher=teacher, **{"block.2": block})
+    sparse = run("sparse", Prune(sparsity=0.5, recalibrate_images=64), from_=teacher, teacher=teacher)
+    run("ticket", Train.model_validate({"rewind": 4, **TRAINING}), from_=sparse, teacher=teacher)
     return found
 
 

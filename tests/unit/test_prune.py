@@ -81,7 +81,7 @@ def test_uniform_interior_pruning_gives_what_was_planned(
 @pytest.mark.parametrize("criterion", ["group_norm", "bn_scale"])
 def test_macs_target_is_met_in_every_mode(kind: str, ranking: str, scope: str, criterion: str) -> None:
     network = network_of(kind)
-    settings = {"macs": 0.7, "ranking": ranking, "scope": scope, "criterion": criterion}
+    settings = {"macs": 0.7, "ranking": ranking, "scope": scope, "criterion": criterion, "round_to": 2}
     if (ranking, scope) != ("uniform", "interior"):
         with pytest.raises(Unplanned):
             Prune.model_validate(settings).plan({"from": network.spec}, info)
@@ -143,6 +143,8 @@ def test_mistakes_are_refused_before_anything_runs() -> None:
     spec: NetworkSpec = SPECS["basic_a"]
     with pytest.raises(UserError, match="can leave no less than 0"):
         Prune(macs=0.01, round_to=2).plan({"from": spec}, info)
+    with pytest.raises(UserError, match="can leave no less than 0"):
+        Prune(macs=0.01, round_to=2, ranking="global").plan({"from": spec}, info)
     with pytest.raises(UserError, match=r"option A.*scope=interior, or network.shortcut=B"):
         Prune(ratio=0.5, scope="all").plan({"from": spec}, info)
     other = architecture(NetworkSettings(arch="resnet20"), (3, 32, 32), 100)
