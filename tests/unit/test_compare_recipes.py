@@ -66,8 +66,8 @@ def test_every_method_has_its_stage(graph: Graph) -> None:
 
     assert kinds("two_stage") == ["block", "block", "block", "stabilize", "distill"]
     assert kinds("one_stage") == ["block", "block", "block", "distill"]
-    assert distill("one_stage").shock
-    assert distill("two_stage").shock
+    for pair in (("two_stage", "one_stage"), ("recovered", "recovered_at_once")):
+        assert all(distill(name).shock for name in pair)
     apart = stages["blocks_apart.1"]
     assert isinstance(apart, Block)
     assert apart.input == "teacher"
@@ -81,6 +81,7 @@ def test_every_method_has_its_stage(graph: Graph) -> None:
     assert (relational.alpha, relational.distance_weight, relational.angle_weight) == (0.0, 25.0, 50.0)
     assert dict(graph.nodes["assisted"].inputs)["teacher"] == "assistant"
     assert kinds("recovered") == ["prune", "stabilize", "distill"]
+    assert kinds("recovered_at_once") == ["prune", "distill"]
     assert kinds("fine_tuned") == kinds("scratch_e") == kinds("scratch_b") == ["prune", "train"]
     assert kinds("hybrid") == ["block", "block", "block", "prune", "stabilize", "distill"]
     assert kinds("ticket_4") == 4 * ["prune", "train"]
@@ -103,7 +104,7 @@ def test_students_of_one_architecture_are_compared(graph: Graph) -> None:
         *("two_stage", "one_stage", "independent", "hinton_same_start"),
         *("scratch", "hinton", "attention", "relational", "assisted"),
     )
-    assert same("fine_tuned", "recovered", "scratch_e", "scratch_b")
+    assert same("fine_tuned", "recovered", "recovered_at_once", "scratch_e", "scratch_b")
 
 
 def test_the_comparison_runs_at_smoke_size(tmp_path: Path) -> None:
