@@ -45,7 +45,9 @@ class Distill(TrainingStage):
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The architecture does not change."""
         spec = start_of(inputs, info, "the network to distill into")
-        if self.compares_features() and "teacher" in inputs:
+        if "teacher" not in inputs:
+            raise UserError("distill: the recipe's teacher is made from this stage; name another as teacher")
+        if self.compares_features():
             own, others = feature_sizes(spec), feature_sizes(inputs["teacher"])
             if own != others:
                 raise UserError(

@@ -59,6 +59,11 @@ def test_maps_of_different_sizes_are_refused() -> None:
     assert relations.plan({"from": RESNET, "teacher": small_vgg(norm=True)}, info) == RESNET
 
 
+def test_nobody_to_learn_from_is_refused() -> None:
+    with pytest.raises(UserError, match="name another as teacher"):
+        Distill(epochs=1).plan({"from": RESNET}, info)
+
+
 @pytest.mark.parametrize("stage", [Block(block=1, epochs=1), Distill(epochs=1, attention_weight=1.0)])
 def test_features_are_not_compared_across_changed_interfaces(stage: Stage) -> None:
     kept, changed = Prune(ratio=0.5), Prune(ratio=0.5, scope="all")
