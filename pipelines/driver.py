@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Literal, Protocol
 
 from pbkd.errors import StageError
@@ -20,6 +21,7 @@ from pipelines.store import Manifest, Store
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+END_SECONDS = 20.0
 Outcome = Literal["ran", "reused"]
 
 
@@ -96,18 +98,20 @@ class Driver:
             StageError: a stage failed for good. What was finished before stays finished.
         """
         try:
-            with Heartbeat() as heartbeat, ThreadPoolExecutor(executor.concurrency) as pool:
+            with Heartbeat() as heartbeat:
                 try:
-                    while not self.is_done:
-                        self._launch(executor, pool, heartbeat)
+                    # A stage is published before its job has ended, and Ray hangs if it is left in between.
+                    while self._running or not self.is_done:
+                        self._launch(executor, heartbeat)
                         self._wait()
                 finally:
-                    executor.close()  # ends what still runs: the pool waits for it
+                    executor.close()
+                    wait(self._running, timeout=END_SECONDS)  # of a run that failed or was stopped
         finally:
             for lease in self._held.values():  # last: until here their stages may have been worked on
                 lease.release()
 
-    def _launch(self, executor: Executor, pool: ThreadPoolExecutor, heartbeat: Heartbeat) -> None:
+    def _launch(self, executor: Executor, heartbeat: Heartbeat) -> None:
         """Start as many jobs as there is room for."""
         while len(self._running) < executor.concurrency:
             busy = {node.name for chain in self._running.values() for node in chain}
@@ -122,7 +126,7 @@ class Driver:
             self._mine.update(node.name for node in chain)
             name = job_name(self._graph.recipe.name, [(node.name, _key(node)) for node in chain])
             self._announce(chain[0])
-            self._running[pool.submit(executor.run, self._job(chain), name)] = chain
+            self._running[_in_thread(executor, self._job(chain), name)] = chain
 
     def _leased(self, chain: list[Node], heartbeat: Heartbeat) -> list[Node] | None:
         """The first nodes of `chain` whose leases are to be had; None if there was nothing to begin with."""
@@ -244,6 +248,22 @@ class Driver:
 
     def _record_end(self, node: Node) -> None:
         self.record("finished", name=node.name, key=node.key, state=self.outcomes[node.name])
+
+
+def _in_thread(executor: Executor, job: Job, name: str) -> Future[None]:
+    """Run a job in a thread that cannot keep this process from ending, as those of a pool would."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            executor.run(job, name)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the future is asked
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
 
 
 def _key(node: Node) -> str:
