@@ -182,7 +182,7 @@ class Stage(Settings):
         if self.compares_features() and not all(stage.keeps_interfaces() for stage in since_teacher):
             raise UserError(
                 f"{self.kind} compares features with the teacher's, but prune with scope=all changed the "
-                "channels between blocks; prune with scope=interior, or compare logits alone (distill)"
+                "channels between blocks; prune with scope=interior, or compare logits alone"
             )
 
     def run(self, context: Context) -> BlockNetwork:

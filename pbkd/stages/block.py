@@ -166,7 +166,7 @@ class Progressive(BlockTraining):
         """The stages it stands for and what each starts from; the last one gives the result. See `expand`."""
         blocks = self.expand(network)
         names = [str(block.block) for block in blocks]
-        if self.input == "student":
+        if self.input == "student" or not blocks:
             chain = zip(blocks, names, [None, *names], strict=False)
             return [Member(name, block, (("from", before),)) for block, name, before in chain]
         independent = [

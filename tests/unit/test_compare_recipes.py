@@ -36,7 +36,14 @@ def path_to(graph: Graph, name: str) -> list[str]:
 
 
 def epochs(graph: Graph, name: str) -> int:
-    stages = [graph.nodes[member].stage for member in path_to(graph, name)]
+    """Of all stages that the network was made by since it was the teacher's."""
+    makers, pending = set[str](), [name]
+    while pending:
+        maker = pending.pop()
+        if maker not in makers | {graph.teacher}:
+            makers.add(maker)
+            pending += [other for role, other in graph.nodes[maker].inputs if role != "teacher"]
+    stages = [graph.nodes[maker].stage for maker in makers]
     return sum(stage.epochs or 0 for stage in stages if isinstance(stage, TrainingStage))
 
 
