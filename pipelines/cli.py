@@ -257,10 +257,10 @@ def _run_report(result: PipelineResult) -> dict[str, Any]:
     stages = []
     for name, node in graph.nodes.items():
         manifest = result.manifests[name]
-        measured = {
-            metric: manifest.metrics.get(metric)
-            for metric in ("params", "macs", "macs_ratio", "test_accuracy", "val_accuracy", "agreement")
-        }
+        costs, accuracies = (
+            {metric: manifest.metrics.get(metric) for metric in metrics}
+            for metrics in (("params", "macs", "macs_ratio"), ("test_accuracy", "val_accuracy", "agreement"))
+        )
         stages.append(
             {
                 "name": name,
@@ -270,8 +270,9 @@ def _run_report(result: PipelineResult) -> dict[str, Any]:
                 "seconds": manifest.seconds,
                 "run_id": ids.get(manifest.key, {}).get("run_id"),
                 "artifact": str(result.store.artifact(manifest.artifact)),
-                **measured,
+                **costs,
                 "latency_ms": result.latencies[name],
+                **accuracies,
                 "digest": manifest.digest,
             }
         )
