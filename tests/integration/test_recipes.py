@@ -1,0 +1,136 @@
+"""The recipes as they are shipped: each can be planned, and its smoke form runs from beginning to end."""
+
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from pbkd.networks import NetworkSettings, architecture, fresh
+from pipelines.cli import main
+from tests.integration.pbkd_process import ROOT, digests, pbkd, run, states
+
+RECIPES = sorted((ROOT / "pipelines" / "recipes").glob("*.yaml"))
+RUN_KEYS = ["recipe", "pipeline_run", "store", "seconds", "teacher", "student", "baselines", "stages"]
+STAGE_KEYS = [
+    *("name", "kind", "key", "state", "seconds", "run_id", "artifact", "params", "macs", "macs_ratio"),
+    *("latency_ms", "test_accuracy", "val_accuracy", "agreement", "digest"),
+]
+IMAGE_SIDE = 32
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_can_be_planned_in_full_and_in_small(
+    recipe: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PBKD_DATA", str(tmp_path))
+    for overrides in ([], ["smoke=true"]):
+        assert main(["plan", str(recipe), *overrides, "--store", str(tmp_path / "runs"), "--json"]) == 0
+        stages = json.loads(capfd.readouterr().out)["stages"]
+        assert len(stages) > 3
+        assert all(stage["macs"] for stage in stages)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The main job in small, as typed: on Ray."""
+    return run(_recipe("digits"), "smoke=true", "--store", tmp_path_factory.mktemp("runs"))
+
+
+def test_the_report_of_a_run_has_the_documented_keys(digits: dict[str, Any]) -> None:
+    assert list(digits) == RUN_KEYS
+    assert (digits["recipe"], digits["teacher"], digits["student"]) == ("digits", "teacher", "recovered")
+    assert set(digits["baselines"]) == {"scratch", "kd", "kd_same_start"}
+    for stage in digits["stages"]:
+        assert list(stage) == STAGE_KEYS
+        assert None not in stage.values()
+        assert Path(stage["artifact"]).is_dir()
+        assert 0 <= stage["test_accuracy"] <= 100 and 0 <= stage["agreement"] <= 100
+
+
+def test_the_student_has_a_third_of_the_teachers_macs_and_the_baselines_its_architecture(
+    digits: dict[str, Any],
+) -> None:
+    stages = {stage["name"]: stage for stage in digits["stages"]}
+    student = stages[digits["student"]]
+    assert student["macs_ratio"] >= 3
+    costs = {(stages[name]["params"], stages[name]["macs"]) for name in digits["baselines"]}
+    assert costs == {(student["params"], student["macs"])}
+
+
+@pytest.mark.parametrize("what", ["run_id", "artifact", "key"])
+def test_the_lineage_leads_from_the_student_to_the_teacher_and_the_data(
+    what: str, digits: dict[str, Any]
+) -> None:
+    student = next(stage for stage in digits["stages"] if stage["name"] == digits["student"])
+    with pbkd("lineage", student[what], "--store", digits["store"], "--json") as command:
+        chain = command.succeed()["chain"]
+    assert all(
+        list(row) == ["stage", "kind", "key", "run_id", "model_id", "data_digest", "inputs"] for row in chain
+    )
+    assert [row["stage"] for row in chain] == [
+        *("recovered", "restabilized", "pruned", "distilled", "stabilized"),
+        *("blocks.3", "blocks.2", "blocks.1", "teacher"),
+    ]
+    for row, origin in pairwise(chain):
+        assert {given["role"]: given["key"] for given in row["inputs"]} == {
+            "from": origin["key"],
+            "teacher": chain[-1]["key"],
+        }
+    assert len({row["data_digest"] for row in chain}) == 1 and len(chain[0]["data_digest"]) == 64
+    assert all(row["run_id"] and row["model_id"] for row in chain)
+
+
+def test_the_table_for_people_names_every_stage_and_what_to_type_next(digits: dict[str, Any]) -> None:
+    with pbkd("run", _recipe("digits"), "smoke=true", "--store", digits["store"]) as command:
+        code, out, err = command.wait()
+    assert code == 0
+    assert all(name in out for name in digests(digits))
+    assert "recovered (student)" in out and "scratch (baseline)" in out
+    assert f"pbkd ui --store {digits['store']}" in out and "pbkd lineage " in out
+    assert all(line.endswith("reused") for line in err.splitlines())
+
+
+def test_the_imagenet_recipe_runs_on_a_folder_of_images_with_given_weights(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for name in ("n01", "n02"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(
+                    256, (IMAGE_SIDE, IMAGE_SIDE, 3), generator=generator, dtype=torch.uint8
+                )
+                Image.fromarray(pixels.numpy()).save(folder / f"{number}.JPEG")
+    # The whole network at 224 pixels needs 0.5 GB of weights and minutes: its head and images are shrunk.
+    spec = architecture(NetworkSettings(arch="vgg16", head=(32,)), (3, IMAGE_SIDE, IMAGE_SIDE), 2)
+    save_file(fresh(spec, 0).state_dict(), tmp_path / "vgg16.safetensors")
+    small = [f"data.image_size={IMAGE_SIDE}", "data.num_classes=2", "stages.teacher.network.head=[32]"]
+    report = run(
+        _recipe("imagenet_vgg16_conv"),
+        *("smoke=true", "compute.executor=local", *small, f"data.root={tmp_path}"),
+        *("--store", tmp_path / "runs"),
+    )
+    assert list(states(report)) == [
+        *("teacher", "blocks.1", "blocks.2", "blocks.3", "blocks.4", "stabilized", "distilled")
+    ]
+
+
+@pytest.mark.data
+@pytest.mark.skipif("PBKD_DATA" not in os.environ, reason="PBKD_DATA does not name a folder of data sets")
+@pytest.mark.parametrize("name", ["cifar10_resnet56", "cifar10_vgg16", "cifar100_vgg16"])
+def test_a_cifar_recipe_runs_in_small_on_the_real_data(name: str, tmp_path: Path) -> None:
+    folder = "cifar-100-python" if name.startswith("cifar100") else "cifar-10-batches-py"
+    if not (Path(os.environ["PBKD_DATA"]) / folder).is_dir():
+        pytest.skip(f"PBKD_DATA has no {folder}")
+    report = run(_recipe(name), "smoke=true", "compute.executor=local", "--store", tmp_path)
+    assert set(states(report).values()) == {"ran"}
+
+
+def _recipe(name: str) -> Path:
+    return ROOT / "pipelines" / "recipes" / f"{name}.yaml"
