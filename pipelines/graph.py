@@ -227,17 +227,23 @@ class _Builder:
             self._add(name, stage, inputs)
             return
         try:
-            blocks = stage.expand(inputs["from"].spec)
+            members = stage.members(inputs["from"].spec)
         except UserError as error:
             raise UserError(f"stages.{name}.{error}") from error
-        if not blocks:
+        if not members:
             raise UserError(f"stages.{name}.blocks: is empty; list some, or leave it out for all of them")
-        for block in blocks:
-            member = f"{name}.{block.block}"
-            inputs["from"] = self._add(member, block, inputs)
-            self._last[name] = member
+        for member in members:
+            own = {
+                role: inputs["from"] if other is None else self.nodes[f"{name}.{other}"]
+                for role, other in member.inputs
+            }
+            self._last[name] = self._add(f"{name}.{member.name}", member.stage, inputs | own).name
 
     def _add(self, name: str, stage: Stage, inputs: Mapping[str, Node]) -> Node:
+        try:
+            stage.check_lineage(self._since_teacher(inputs))
+        except UserError as error:
+            raise UserError(f"stages.{_group(name, self._recipe.stages)}: {error}") from error
         spec, unplanned = self._spec(name, stage, inputs)
         block = stage.block if isinstance(stage, Block) else None
         seed = 0 if isinstance(stage, Load) else stage_seed(self._recipe.seed, stage.kind, block)
@@ -256,6 +262,20 @@ class _Builder:
             reason=reason or (unplanned if spec is None else None),
         )
         return self.nodes[name]
+
+    def _since_teacher(self, inputs: Mapping[str, Node]) -> list[Stage]:
+        """The stages the network went through since it was the teacher's, oldest first."""
+
+        def ancestors(node: Node | None) -> list[Node]:
+            found = []
+            while node is not None:
+                found.append(node)
+                origin = dict(node.inputs).get("from")
+                node = None if origin is None else self.nodes[origin]
+            return found
+
+        taught = ancestors(inputs.get("teacher"))
+        return [node.stage for node in reversed(ancestors(inputs.get("from"))) if node not in taught]
 
     def _key(self, stage: Stage, inputs: Mapping[str, Node], seed: int) -> tuple[str | None, str | None]:
         """The key, or None and the reason."""

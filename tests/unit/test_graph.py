@@ -56,6 +56,23 @@ def test_the_order_of_blocks(order: str, expected: list[str], tmp_path: Path) ->
     assert list(graph.nodes)[1:] == expected
 
 
+def test_blocks_on_the_teachers_own_features_depend_on_it_alone_and_are_assembled(tmp_path: Path) -> None:
+    graph = graph_of(tmp_path, {"t": TEACHER, "b": BLOCKS | {"input": "teacher"}, "d": DISTILL})
+    for name in ("b.1", "b.2", "b.3"):
+        assert dict(graph.nodes[name].inputs) == {"from": "t", "teacher": "t"}
+    joined = {f"block.{number}": f"b.{number}" for number in (1, 2, 3)}
+    assert joined.items() <= dict(graph.nodes["b.assembled"].inputs).items()
+    assert dict(graph.nodes["d"].inputs)["from"] == "b.assembled"
+    assert graph.nodes["b.assembled"].spec == graph_of(tmp_path, {"t": TEACHER, "b": BLOCKS}).nodes["b.3"].spec
+
+
+def test_blocks_after_their_interface_was_pruned_are_refused_in_the_plan(tmp_path: Path) -> None:
+    teacher = TEACHER | {"network": {"arch": "resnet20", "shortcut": "B"}}
+    pruned = {"kind": "prune", "ratio": 0.5, "scope": "all"}
+    with pytest.raises(UserError, match="stages.b"):
+        graph_of(tmp_path, {"t": teacher, "p": pruned, "b": BLOCKS | {"blocks": [1]}})
+
+
 def test_an_assistant_teaches_where_it_is_named(tmp_path: Path) -> None:
     stages = {"t": TEACHER, "assistant": DISTILL, "s": DISTILL | {"from": "t", "teacher": "assistant"}}
     assert inputs(graph_of(tmp_path, stages))["s"] == {"from": "t", "teacher": "assistant"}
