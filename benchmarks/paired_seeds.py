@@ -2,8 +2,9 @@
 
     python -m benchmarks.paired_seeds pipelines/recipes/digits.yaml --seeds 5
 
-Adds one row a stage and seed to benchmarks/results/RECIPE.csv (final epoch, test set), and prints means,
-standard deviations and the paired differences with their 95 % intervals. Finished stages are reused.
+Adds one row a stage and seed to benchmarks/results/RECIPE.csv (final epoch, test set). Prints, and writes to
+RECIPE_summary.csv, means, standard deviations and the student's paired differences with 95 % intervals.
+Finished stages are reused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2")
     parser.add_argument("--store", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/RECIPE.csv")
     arguments = parser.parse_intermixed_args()
@@ -42,7 +43,13 @@ def main() -> None:
         report = run(arguments.recipe, [*arguments.overrides, f"seed={seed}"], arguments.store)
         reports.append(report)
         write(out, [row(report, stage, seed, arguments.overrides) for stage in report["stages"]])
-    sys.stdout.write(summary(reports) + "\n")
+    rows = summarize(reports)
+    with out.with_stem(out.stem + "_summary").open("w", newline="") as file:
+        columns = ("recipe", "stage", "seeds", "mean", "sd", "student_minus", "low", "high")
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    sys.stdout.write("\n".join(["test accuracy in percent, final epoch", *map(sentence, rows), ""]))
 
 
 def run(recipe: Path, overrides: list[str], store: Path) -> dict[str, Any]:
@@ -89,35 +96,38 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(kept + rows)
 
 
-def summary(reports: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation of every stage, and the student's paired differences."""
-    names = [stage["name"] for stage in reports[0]["stages"]]
+def summarize(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a stage: mean and standard deviation, and how much better the student is, with its interval."""
+    first = reports[0]
     accuracy = {
         name: [next(s["test_accuracy"] for s in report["stages"] if s["name"] == name) for report in reports]
-        for name in names
+        for name in [stage["name"] for stage in first["stages"]]
     }
-    lines = [f"{len(reports)} seeds, final epoch, test accuracy in percent"]
-    lines += [f"  {name:<24}{mean_sd(accuracy[name])}" for name in names]
-    student = reports[0]["student"]
-    lines.append(f"{student} minus:")
-    for other in (reports[0]["teacher"], *reports[0]["baselines"]):
-        differences = [a - b for a, b in zip(accuracy[student], accuracy[other], strict=True)]
-        low, high = interval(differences)
-        mean = statistics.mean(differences)
-        lines.append(f"  {other:<24}{mean:+.2f}  95 % interval [{low:+.2f}, {high:+.2f}]")
-    return "\n".join(lines)
+    compared = {first["teacher"], *first["baselines"]}
+    rows = []
+    for name, values in accuracy.items():
+        row = {"recipe": first["recipe"], "stage": name, "seeds": len(values)}
+        row |= {"mean": f"{statistics.mean(values):.2f}", "sd": f"{statistics.stdev(values):.2f}"}
+        if name in compared:
+            student = accuracy[first["student"]]
+            differences = [mine - other for mine, other in zip(student, values, strict=True)]
+            low, high = interval(differences)
+            row |= {"student_minus": f"{statistics.mean(differences):+.2f}"}
+            row |= {"low": f"{low:+.2f}", "high": f"{high:+.2f}"}
+        rows.append(row)
+    return rows
 
 
-def mean_sd(values: list[float]) -> str:
-    """`97.50 +- 0.31`."""
-    spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def sentence(row: dict[str, Any]) -> str:
+    """The row for a person."""
+    text = f"{row['stage']:<24}{row['mean']} +- {row['sd']}"
+    if "low" in row:
+        text += f"   student {row['student_minus']}, 95 % interval [{row['low']}, {row['high']}]"
+    return text
 
 
 def interval(values: list[float]) -> tuple[float, float]:
     """95 % interval of the mean, by Student's t."""
-    if len(values) < 2:
-        return float("-inf"), float("inf")
     mean = statistics.mean(values)
     half = float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
     return mean - half, mean + half
