@@ -108,7 +108,7 @@ MISTAKES = [
     ("stages.blocks.blocks=[9]", "stages.blocks: block 9: resnet20 has blocks 1 to 3"),
     ("stages.blocks.blocks=[]", "stages.blocks.blocks: is empty"),
     ("stages.pruned.macs=0.01", "of the MACs; raise macs, or lower round_to"),
-    ("stages.pruned.ratio=0.5", "'stages.pruned': give either ratio"),
+    ("stages.pruned.ratio=0.5", "'stages.pruned': give one of ratio"),
     # overrides
     ("seed", "override 'seed': expected key=value, such as stages.blocks.epochs=2"),
     ("=1", "override '=1': expected key=value"),
