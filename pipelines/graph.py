@@ -35,7 +35,8 @@ class Node:
         seed: of everything random in it.
         spec: the architecture it gives; None if only running it can tell.
         key: of its result; None if data or weights are missing on this machine.
-        reason: why `spec` or `key` is None.
+        missing: why `key` is None.
+        unplanned: why `spec` is None.
     """
 
     name: str
@@ -44,7 +45,13 @@ class Node:
     seed: int = 0
     spec: NetworkSpec | None = None
     key: str | None = None
-    reason: str | None = None
+    missing: str | None = None
+    unplanned: str | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why something of it is not known yet."""
+        return "; ".join(dict.fromkeys(why for why in (self.missing, self.unplanned) if why)) or None
 
     @property
     def cost(self) -> Cost | None:
@@ -113,7 +120,7 @@ def require_keys(graph: Graph) -> None:
         raise UserError(graph.missing_data)
     for node in graph.nodes.values():
         if node.key is None:
-            raise UserError(f"stages.{node.name}.{node.reason}")
+            raise UserError(f"stages.{node.name}.{node.missing}")
 
 
 def _links(recipe: Recipe) -> dict[str, Links]:
@@ -247,7 +254,7 @@ class _Builder:
         spec, unplanned = self._spec(name, stage, inputs)
         block = stage.block if isinstance(stage, Block) else None
         seed = 0 if isinstance(stage, Load) else stage_seed(self._recipe.seed, stage.kind, block)
-        key, reason = self._key(stage, inputs, seed)
+        key, missing = self._key(stage, inputs, seed)
         if spec is None and key is not None and self._store is not None:
             manifest = self._store.manifest(key)
             if manifest is not None:
@@ -259,7 +266,8 @@ class _Builder:
             seed=seed,
             spec=spec,
             key=key,
-            reason=reason or (unplanned if spec is None else None),
+            missing=missing,
+            unplanned=unplanned if spec is None else None,
         )
         return self.nodes[name]
 
@@ -283,7 +291,7 @@ class _Builder:
             return None, "; ".join((self.missing_data or "").splitlines())
         for given in inputs.values():
             if given.key is None:
-                return None, given.reason
+                return None, given.missing
         try:
             semantic = stage.semantic()
         except UserError as error:
@@ -297,7 +305,7 @@ class _Builder:
         specs: dict[str, NetworkSpec] = {}
         for role, given in inputs.items():
             if given.spec is None:
-                return None, given.reason
+                return None, given.unplanned
             specs[role] = given.spec
         try:
             return stage.plan(specs, self.info), None
