@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from pipelines.store import Store
 if TYPE_CHECKING:
     from pathlib import Path
 
+CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 200 * 2**20  # jobs exchange nothing through it
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -100,6 +102,7 @@ def _connect(store: Store) -> None:
         # machine's outer address.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    _require_answer(address)
     import ray
 
     before = signal.getsignal(signal.SIGTERM)
@@ -108,14 +111,28 @@ def _connect(store: Store) -> None:
             address=address, namespace="pbkd", logging_level=logging.ERROR, log_to_driver=False, **options
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"RAY_ADDRESS={address}: no Ray cluster to use there: {reason}\n"
-            "unset RAY_ADDRESS to run on this machine, or set compute.executor=local"
-        ) from error
+        raise _no_cluster(address, error) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place
+
+
+def _require_answer(address: str) -> None:
+    """Knock where a cluster is said to be: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise _no_cluster(address, error) from error
+
+
+def _no_cluster(address: str, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0]
+    return UserError(
+        f"RAY_ADDRESS={address}: no Ray cluster to use there: {reason}\n"
+        "unset RAY_ADDRESS to run on this machine, or set compute.executor=local"
+    )
 
 
 def _require_room(compute: Compute, per_worker: dict[str, float]) -> None:

@@ -154,6 +154,15 @@ def test_a_misspelt_recipe_file(capfd: pytest.CaptureFixture[str], tmp_path: Pat
     assert f"did you mean {RECIPES / 'digits.yaml'}?" in said
 
 
+def test_a_ray_cluster_that_is_not_there(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    said = complaint(capfd, tmp_path / "runs", SMALL, is_store_made=True)
+    assert "RAY_ADDRESS=127.0.0.1:1: no Ray cluster to use there" in said
+    assert not any((tmp_path / "runs" / "pipelines").iterdir())
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to be had")
 @pytest.mark.parametrize("executor", ["ray", "local"])
 def test_cuda_without_a_gpu(executor: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
