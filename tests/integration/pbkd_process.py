@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.integration.recorded_pipeline import empty_database
+
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "integration" / "small.yaml"
 SECONDS = 150.0  # no single step of a test may take longer, on a busy machine either
@@ -88,6 +90,13 @@ def run(*arguments: object, **environment: str) -> dict[str, Any]:
     """The report of `pbkd run ARGUMENTS --json`."""
     with pbkd("run", *arguments, "--json", **environment) as command:
         return command.succeed()
+
+
+def with_database(store: Path) -> Path:
+    """A store, empty but for MLflow's database, which MLflow takes seconds to make."""
+    (store / "mlflow").mkdir(parents=True)
+    empty_database(store / "mlflow" / "mlflow.db")
+    return store
 
 
 def until(condition: Callable[[], object], what: str) -> None:

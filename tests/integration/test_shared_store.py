@@ -4,11 +4,11 @@ from collections import Counter
 from pathlib import Path
 
 from pipelines.lease import try_acquire
-from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until
+from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until, with_database
 
 
 def test_two_pipelines_at_once_run_each_stage_once(tmp_path: Path) -> None:
-    arguments = ["--store", tmp_path / "runs", "--json"]
+    arguments = ["--store", with_database(tmp_path), "--json"]
     with (
         pbkd("run", SMALL, "compute.executor=local", *arguments) as one,
         pbkd("run", SMALL, "compute.executor=local", "name=other", "baselines=[]", *arguments) as other,
@@ -21,7 +21,7 @@ def test_two_pipelines_at_once_run_each_stage_once(tmp_path: Path) -> None:
 
 def test_two_stages_of_one_recipe_with_one_key_run_once(tmp_path: Path) -> None:
     twin = ["stages.twin.kind=train", "stages.twin.from=pruned", "stages.twin.steps=8"]
-    report = run(SMALL, "compute.executor=local", *twin, "--store", tmp_path / "runs")
+    report = run(SMALL, "compute.executor=local", *twin, "--store", with_database(tmp_path))
     found = {stage["name"]: stage for stage in report["stages"]}
     assert found["twin"]["key"] == found["scratch"]["key"]
     assert found["twin"]["run_id"] == found["scratch"]["run_id"]
@@ -30,7 +30,8 @@ def test_two_stages_of_one_recipe_with_one_key_run_once(tmp_path: Path) -> None:
 
 def test_a_run_that_lost_a_lease_publishes_nothing_and_waits_for_the_new_owner(tmp_path: Path) -> None:
     steps = "stages.teacher.steps=100"
-    with pbkd("run", SMALL, "compute.executor=local", steps, "--store", tmp_path, "--json") as command:
+    store = with_database(tmp_path)
+    with pbkd("run", SMALL, "compute.executor=local", steps, "--store", store, "--json") as command:
         until(lambda: any(tmp_path.glob("work/*/step-*")), "a checkpoint of the first stage")
         key = next(tmp_path.glob("work/*/step-*")).parent.name
         lease = try_acquire(tmp_path, key, dead=1)  # as another run that thought the first one dead
