@@ -111,6 +111,11 @@ def _connect(store: Store) -> None:
             address=address, namespace="pbkd", logging_level=logging.ERROR, log_to_driver=False, **options
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
+        if address == "local":
+            raise StageError(
+                f"Ray could not be started on this machine: {_first_line(error)}\n"
+                "compute.executor=local runs without it"
+            ) from error
         raise _no_cluster(address, error) from error
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -128,11 +133,14 @@ def _require_answer(address: str) -> None:
 
 
 def _no_cluster(address: str, error: Exception) -> UserError:
-    reason = str(error).strip().partition("\n")[0]
     return UserError(
-        f"RAY_ADDRESS={address}: no Ray cluster to use there: {reason}\n"
+        f"RAY_ADDRESS={address}: no Ray cluster to use there: {_first_line(error)}\n"
         "unset RAY_ADDRESS to run on this machine, or set compute.executor=local"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _require_room(compute: Compute, per_worker: dict[str, float]) -> None:
