@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until, with_database
 
 LOCAL, RAY = "compute.executor=local", "compute.executor=ray"
+TEACHER_STEPS = 120
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +21,21 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(SMALL, LOCAL, "--store", with_database(tmp_path_factory.mktemp("local")))
 
 
+def recipe_of(folder: Path, **steps: int) -> Path:
+    """The small recipe with these stages alone, of so many steps."""
+    recipe = OmegaConf.load(SMALL)
+    recipe.stages = {name: recipe.stages[name] for name in steps}
+    for name, count in steps.items():
+        recipe.stages[name].steps = count
+    recipe.student, recipe.baselines = list(steps)[-1], []
+    OmegaConf.save(recipe, folder / "recipe.yaml")
+    return folder / "recipe.yaml"
+
+
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of two stages, each long enough to be killed in the middle."""
-    recipe = OmegaConf.load(SMALL)
-    recipe.stages = {name: recipe.stages[name] for name in ("teacher", "recovered")}
-    recipe.stages.teacher.steps, recipe.stages.recovered.steps = 120, 500
-    recipe.baselines = []
-    path = tmp_path_factory.mktemp("long") / "long.yaml"
-    OmegaConf.save(recipe, path)
-    return path
+    """Stages that are long enough to be killed in the middle."""
+    return recipe_of(tmp_path_factory.mktemp("recipe"), teacher=TEACHER_STEPS, recovered=300)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +74,10 @@ def test_ray_and_this_machine_give_the_same_weights(
     assert set(states(report).values()) == {"ran"}
 
 
-def test_another_seed_gives_other_weights(undisturbed: dict[str, Any], long: Path, tmp_path: Path) -> None:
-    arguments = ["seed=1", "stages.teacher.steps=12", "stages.recovered.steps=0"]
-    other = run(long, LOCAL, *arguments, "--store", with_database(tmp_path))
-    assert digests(other)["teacher"] != digests(undisturbed)["teacher"]
+def test_another_seed_gives_other_weights(undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    other = run(recipe_of(tmp_path, teacher=12), LOCAL, "seed=1", "--store", with_database(tmp_path))
+    same = run(recipe_of(tmp_path, teacher=12), LOCAL, "--store", tmp_path)
+    assert digests(same)["teacher"] == digests(undisturbed)["teacher"] != digests(other)["teacher"]
 
 
 def test_a_good_run_says_a_line_for_each_stage_and_leaves_nothing_in_the_home(
@@ -149,15 +155,15 @@ def test_a_stopped_run_leaves_no_process_and_no_lease_and_says_how_to_go_on(
 
 
 def test_a_killed_ray_worker_is_replaced_and_the_weights_are_the_same(
-    long: Path, undisturbed_long: dict[str, Any], tmp_path: Path
+    undisturbed_long: dict[str, Any], tmp_path: Path
 ) -> None:
-    with_database(tmp_path)
-    with pbkd("run", long, RAY, "compute.fuse=false", "--store", tmp_path, "--json") as command:
-        until(lambda: has_checkpoint(tmp_path), "a checkpoint")
+    recipe, store = recipe_of(tmp_path, teacher=TEACHER_STEPS), with_database(tmp_path)
+    with pbkd("run", recipe, RAY, "compute.fuse=false", "--store", store, "--json") as command:
+        until(lambda: has_checkpoint(store), "a checkpoint")
         (worker,) = command.processes("ray::RayTrainWorker")
         os.kill(worker, signal.SIGKILL)
         report = command.succeed()
-    assert digests(report) == digests(undisturbed_long)
+    assert digests(report)["teacher"] == digests(undisturbed_long)["teacher"]
 
 
 @pytest.mark.parametrize("executor", [RAY, LOCAL])
@@ -176,8 +182,8 @@ def test_a_killed_driver_takes_its_processes_along_and_the_next_goes_on(
     assert digests(again) == digests(undisturbed_long)
 
 
-def test_two_workers_give_the_same_weights_on_ray_and_on_this_machine(long: Path, tmp_path: Path) -> None:
-    arguments = [long, "compute.workers=2", "stages.teacher.steps=8", "stages.recovered.steps=8"]
+def test_two_workers_give_the_same_weights_on_ray_and_on_this_machine(tmp_path: Path) -> None:
+    arguments = [recipe_of(tmp_path, teacher=4, recovered=4), "compute.workers=2"]
     local = run(*arguments, LOCAL, "--store", with_database(tmp_path / "local"))
     ray = run(*arguments, RAY, "--store", with_database(tmp_path / "ray"))
     assert digests(local) == digests(ray)
