@@ -18,14 +18,18 @@ Augmentation = Literal["none", "crop_flip", "shift", "resized_crop_flip"]
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What a network has to know of the data: `input_shape` is (C, H, W), `mean` and `std` are per channel,
-    of [0, 1]."""
+    """What networks and stages have to know of the data.
+
+    `input_shape` is (C, H, W); `mean` and `std` are per channel, of pixels in [0, 1]; `has_val` says whether
+    a validation split is kept.
+    """
 
     name: str
     input_shape: tuple[int, int, int]
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    has_val: bool = True
 
 
 _CIFAR10_STATISTICS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -133,7 +137,8 @@ class DataSettings(BaseModel):
             side = self.image_size or _FOLDER_SIDE
             classes = self.num_classes or self._count_classes()
             native = DataInfo(self.name, (3, side, side), classes, *_IMAGENET_STATISTICS)
-        return replace(native, mean=self.mean or native.mean, std=self.std or native.std)
+        has_val = self.name == "digits" or self.val_fraction > 0
+        return replace(native, mean=self.mean or native.mean, std=self.std or native.std, has_val=has_val)
 
     def semantic(self) -> dict[str, Any]:
         """What changes the numbers, resolved and ready for JSON: these settings' part of a stage key.

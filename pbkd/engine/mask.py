@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pbkd.networks import maskable_weights
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -20,6 +22,12 @@ class Mask:
 
     kept: Mapping[str, Tensor]
     from_step: int = 0
+
+    @classmethod
+    def of_zeros(cls, network: nn.Module, from_step: int = 0) -> Mask:
+        """What is zero in the weights of convolutions and linear layers of `network` is to stay so."""
+        weights = maskable_weights(network)
+        return cls({name: weight != 0 for name, weight in weights.items()}, from_step)
 
 
 class Masking:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pbkd.data import DataInfo
-from pbkd.engine import Task
+from pbkd.engine import Mask, Task
 from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, FeatureNetwork, Features, NetworkSpec, feature_sizes, fresh
 from pbkd.objectives import angle_relation, attention, distance_relation, hinton
@@ -32,6 +33,7 @@ class Distill(TrainingStage):
         distance_weight, angle_weight: of the relations between the samples' penultimate features
             (`pbkd.objectives.relational`).
         weights: `keep` those of the `from` stage, or start `fresh` on its architecture (plain KD).
+        keep_zeros: weights that are zero in the `from` stage's network stay zero.
     """
 
     kind: Literal["distill"] = "distill"
@@ -41,6 +43,13 @@ class Distill(TrainingStage):
     distance_weight: Weight = 0.0
     angle_weight: Weight = 0.0
     weights: Literal["keep", "fresh"] = "keep"
+    keep_zeros: bool = False
+
+    @model_validator(mode="after")
+    def _zeros_are_kept_with_weights(self) -> Self:
+        if self.keep_zeros and self.weights == "fresh":
+            raise ValueError("keep_zeros is for weights: keep; fresh weights have no zeros to keep")
+        return self
 
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The architecture does not change."""
@@ -68,6 +77,8 @@ class Distill(TrainingStage):
             task = Task(FeatureNetwork(network), self._with_features, teacher=FeatureNetwork(teacher))
         else:
             task = Task(network, self._soft_targets, teacher=teacher)
+        if self.keep_zeros:
+            task = replace(task, mask=Mask.of_zeros(task.trained))
         context.train(network, task, self)
         return network
 

@@ -32,15 +32,15 @@ class Stabilize(TrainingStage):
 
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The architecture does not change."""
-        return start_of(inputs, info, "the network to stabilize")
-
-    def run(self, context: Context) -> BlockNetwork:
-        """Train `classifier` behind the frozen features."""
-        if self.patience is not None and not context.data.sizes["val"]:
+        if self.patience is not None and not info.has_val:
             raise UserError(
                 f"patience={self.patience}: there is no validation split to see a plateau on; "
                 "set data.val_fraction, or leave patience out"
             )
+        return start_of(inputs, info, "the network to stabilize")
+
+    def run(self, context: Context) -> BlockNetwork:
+        """Train `classifier` behind the frozen features."""
         network = copy.deepcopy(context.inputs["from"])
         task = Task(
             trained=network.classifier,

@@ -10,14 +10,7 @@ from pydantic import NonNegativeInt, model_validator
 
 from pbkd.data import DataInfo
 from pbkd.engine import Mask, Task
-from pbkd.networks import (
-    BlockNetwork,
-    NetworkSettings,
-    NetworkSpec,
-    architecture,
-    fresh,
-    maskable_weights,
-)
+from pbkd.networks import BlockNetwork, NetworkSettings, NetworkSpec, architecture, fresh
 from pbkd.stages.base import SMOKE_STEPS, Context, Role, TrainingStage, label_objective, start_of
 
 
@@ -31,12 +24,15 @@ class Train(TrainingStage):
             a lottery ticket. With the settings of the stage that first trained the network the steps before
             are that stage's own, bit for bit, so they lead to the very weights to rewind to (Frankle et al.,
             ICML 2020); 0 rewinds to the initial ones (Frankle & Carbin, ICLR 2019).
+        keep_zeros: weights that are zero in the `from` stage's network stay zero while the others, kept, are
+            trained further.
     """
 
     kind: Literal["train"] = "train"
     network: NetworkSettings | None = None
     weights: Literal["fresh", "keep"] = "fresh"
     rewind: NonNegativeInt | None = None
+    keep_zeros: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -44,6 +40,8 @@ class Train(TrainingStage):
             raise ValueError("give either network (fresh weights) or from (another stage's), not both")
         if self.rewind is not None and (self.network is not None or self.weights == "keep"):
             raise ValueError("rewind starts over: give weights: fresh, and the pruned network as from")
+        if self.keep_zeros and self.weights == "fresh":
+            raise ValueError("keep_zeros is for weights: keep; fresh weights take those zeros with rewind: 0")
         return self
 
     def smoke(self) -> Self:
@@ -69,8 +67,7 @@ class Train(TrainingStage):
             specs = {role: given.spec for role, given in context.inputs.items()}
             network = fresh(self.plan(specs, context.data.info), context.seed)
         mask = None
-        if self.rewind is not None:
-            weights = maskable_weights(context.inputs["from"])
-            mask = Mask({name: weight != 0 for name, weight in weights.items()}, self.rewind)
+        if self.rewind is not None or self.keep_zeros:
+            mask = Mask.of_zeros(context.inputs["from"], self.rewind or 0)
         context.train(network, Task(trained=network, objective=label_objective, mask=mask), self)
         return network

@@ -14,6 +14,9 @@ def test_cifar_and_digits_are_described_without_data():
     info = DataSettings(name="cifar100").describe()
     assert (info.input_shape, info.num_classes) == ((3, 32, 32), 100)
     assert DataSettings(name="digits").describe() == DataInfo("digits", (1, 8, 8), 10, (0.3053,), (0.3760,))
+    assert DataSettings(name="cifar10").describe().has_val
+    assert not DataSettings(name="cifar10", val_fraction=0).describe().has_val
+    assert DataSettings(name="digits", val_fraction=0).describe().has_val
     assert DataSettings(name="cifar10", mean=(0, 0, 0), std=(1, 1, 1)).describe().std == (1, 1, 1)
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pbkd.engine import LocalSession, Precision, Stopped
 from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, fresh, maskable_weights, weights_digest
-from pbkd.stages import Context, Prune, Stage, StageResult, Train, run_stage
+from pbkd.stages import Context, Distill, Prune, Stage, StageResult, Train, run_stage
 from pbkd.stages.prune import zero_smallest
 from tests.unit.small_networks import digits, small_resnet, small_vgg
 
@@ -73,6 +73,23 @@ def test_zeros_stay_exactly_zero(rewind: int, precision: str, optimizer: dict[st
     assert 0.2 < metrics["nonzero_macs"] / metrics["macs"] < 0.6
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Train(weights="keep", keep_zeros=True, epochs=2),
+        Distill(keep_zeros=True, epochs=2),
+        Distill(keep_zeros=True, epochs=2, distance_weight=1.0),
+    ],
+)
+def test_kept_weights_go_on_with_their_zeros(stage: Stage) -> None:
+    sparse = run(SPARSE, fresh(SPEC, 1)).network
+    after = run(stage, sparse).network
+    assert torch.equal(flat(after) != 0, flat(sparse) != 0)
+    assert not torch.equal(flat(after), flat(sparse))
+    dense = run(stage.model_copy(update={"keep_zeros": False}), sparse).network
+    assert (flat(dense) != 0).all()
+
+
 def test_the_steps_before_rewinding_are_those_of_the_dense_training(tmp_path: Path) -> None:
     dense = run(Train(epochs=3), fresh(SPEC, 1)).network
     everything_kept = run(ticket(4), fresh(SPEC, 2)).network
@@ -103,6 +120,9 @@ def test_what_makes_no_sense_is_refused() -> None:
     for wrong in ({"weights": "keep"}, {"network": {"arch": "resnet20"}}, {"rewind": -1}):
         with pytest.raises(ValidationError):
             ticket(**{"rewind": 0, **wrong})
+    for kind in (Train, Distill):
+        with pytest.raises(ValidationError, match="keep_zeros is for weights: keep"):
+            kind(epochs=1, weights="fresh", keep_zeros=True)
     for share in (0.0, 1.0, float("nan")):
         with pytest.raises(ValidationError):
             Prune(sparsity=share)
