@@ -30,6 +30,8 @@ ENVIRONMENT = {
 DEFAULT_STORE = Path("runs")
 WIDTH_WITHOUT_TERMINAL = 140
 STOPPED = 128 + signal.SIGINT
+COSTS = ("params", "nonzero_params", "macs", "nonzero_macs", "macs_ratio", "memory_peak_mb")
+QUALITIES = ("test_accuracy", "test_top5", "val_accuracy", "nll", "ece", "agreement", "kl")
 
 app = typer.Typer(
     help="Make trained CNN classifiers smaller and faster by blockwise distillation and pruning.",
@@ -253,13 +255,14 @@ def _plan_rows(graph: Graph, store: Store | None) -> list[dict[str, Any]]:
 
 
 def _run_report(result: PipelineResult) -> dict[str, Any]:
+    from pipelines.latency import TIMINGS
+
     graph, ids = result.graph, result.ids["stages"]
     stages = []
     for name, node in graph.nodes.items():
         manifest = result.manifests[name]
-        costs, accuracies = (
-            {metric: manifest.metrics.get(metric) for metric in metrics}
-            for metrics in (("params", "macs", "macs_ratio"), ("test_accuracy", "val_accuracy", "agreement"))
+        costs, qualities = (
+            {metric: manifest.metrics.get(metric) for metric in metrics} for metrics in (COSTS, QUALITIES)
         )
         stages.append(
             {
@@ -271,8 +274,8 @@ def _run_report(result: PipelineResult) -> dict[str, Any]:
                 "run_id": ids.get(manifest.key, {}).get("run_id"),
                 "artifact": str(result.store.artifact(manifest.artifact)),
                 **costs,
-                "latency_ms": result.latencies[name],
-                **accuracies,
+                **{timing: result.latencies[name].get(timing) for timing in TIMINGS},
+                **qualities,
                 "digest": manifest.digest,
             }
         )

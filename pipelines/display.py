@@ -144,7 +144,7 @@ def result_table(result: PipelineResult) -> Table:
             human(metrics.get("params")),
             _number(metrics.get("test_accuracy"), ".2f"),
             _number(metrics.get("agreement"), ".2f"),
-            _number(result.latencies.get(name), ".2f"),
+            _number(result.latencies[name]["latency_ms"], ".2f"),
             "reused" if result.outcomes[name] == "reused" else f"{manifest.seconds:.1f} s",
             style=STYLES.get(role),
         )

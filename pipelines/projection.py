@@ -117,8 +117,7 @@ class Projection:
             register(self._client, self._pipeline["name"], role, manifest, stage.run_id, stage.model_id)
 
     def _latency(self, record: Record) -> None:
-        if record.get("milliseconds") is not None:
-            self._stages.write_latency(record["key"], float(record["milliseconds"]), _milliseconds(record))
+        self._stages.write_latencies(record["key"], record.get("latencies") or {}, _milliseconds(record))
 
     def _ended(self, record: Record) -> None:
         status = RUN_STATUS[record["status"]]

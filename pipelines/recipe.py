@@ -39,6 +39,7 @@ class Compute(Precision):
         concurrency: jobs at the same time; `auto`: as many as the cores hold.
         max_failures: how often a job may lose a worker and go on.
         checkpoint_seconds: time between checkpoints.
+        measure_compiled: measure latency by torch.compile too, about half a minute for each architecture.
     """
 
     executor: Literal["ray", "local"] = "ray"
@@ -49,6 +50,7 @@ class Compute(Precision):
     concurrency: PositiveInt | Literal["auto"] = "auto"
     max_failures: NonNegativeInt = 3
     checkpoint_seconds: PositiveFloat = 60.0
+    measure_compiled: bool = False
 
     @property
     def worker_threads(self) -> int:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from pbkd import artifact
-from pbkd.measure import measure_latency
 from pipelines.driver import Display, Driver, Outcome
 from pipelines.durable import replace
 from pipelines.executors import Executor, open_executor
 from pipelines.graph import Graph, finished, pipeline_id, require_keys
-from pipelines.jobs import processor, versions
 from pipelines.journal import Journal
+from pipelines.latency import Latencies, Milliseconds
 from pipelines.store import Manifest, Store
 from pipelines.tracking import Tracker, default_uri, read_ids
 
@@ -26,13 +23,13 @@ MLFLOW_SECONDS_WHEN_STOPPED = 10.0
 
 @dataclass
 class PipelineResult:
-    """What a run leaves: manifests, outcomes and latencies (milliseconds) by stage name; ids in MLflow."""
+    """What a run leaves: manifests, outcomes and latencies by stage name; ids in MLflow."""
 
     graph: Graph
     store: Store
     manifests: dict[str, Manifest]
     outcomes: dict[str, Outcome]
-    latencies: dict[str, float]
+    latencies: dict[str, Milliseconds]
     seconds: float
     ids: dict[str, Any]
 
@@ -50,11 +47,11 @@ def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult
     is_done = len(finished(graph, store)) == len(graph.nodes)
     executor = None if is_done else open_executor(graph.recipe.compute, store)
     try:
-        identity, machine = pipeline_id(graph), _machine(graph)
+        identity, latencies = pipeline_id(graph), Latencies(store, graph.recipe.compute)
         folder = store.pipeline(identity)
         journal = Journal(folder / "journal.jsonl")
         driver = Driver(graph, store, journal, display)
-        is_recorded = is_done and _ended_well(journal) and _are_measured(driver.manifests, store, machine)
+        is_recorded = is_done and _ended_well(journal) and latencies.are_measured(driver.manifests.values())
         tracker = Tracker(graph.recipe.tracking.uri or default_uri(store), store, identity)
         tracker.start()  # with nothing new to record, too: MLflow may have been lost, or not answered
         patience = MLFLOW_SECONDS
@@ -62,7 +59,7 @@ def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult
             if not is_recorded:
                 recipe = OmegaConf.create(graph.recipe.model_dump(mode="json"))
                 replace(folder / "recipe.yaml", OmegaConf.to_yaml(recipe).encode())
-                _run(graph, store, driver, executor, machine)
+                _run(driver, executor, latencies)
         except KeyboardInterrupt:
             patience = MLFLOW_SECONDS_WHEN_STOPPED
             raise
@@ -76,23 +73,22 @@ def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult
         store,
         driver.manifests,
         driver.outcomes,
-        latencies=_latencies(driver.manifests, store, machine),
+        latencies={name: latencies.of(manifest) for name, manifest in driver.manifests.items()},
         seconds=time.monotonic() - begun,
         ids={"pipeline_run": None, "stages": {}} | read_ids(store, identity),
     )
 
 
-def _run(graph: Graph, store: Store, driver: Driver, executor: Executor | None, machine: str) -> None:
+def _run(driver: Driver, executor: Executor | None, latencies: Latencies) -> None:
     """Run and measure, with a beginning and an end in the journal."""
     driver.begin()
     status = "failed"
     try:
         if executor is not None:
             driver.run(executor)
-        threads = graph.recipe.compute.worker_threads
+        latencies.measure(driver.manifests.values())
         for manifest in driver.manifests.values():
-            milliseconds = _measured_latency(manifest, store, machine, threads)
-            driver.record("latency", key=manifest.key, milliseconds=milliseconds)
+            driver.record("latency", key=manifest.key, latencies=latencies.of(manifest))
         status = "finished"
     except KeyboardInterrupt:
         status = "stopped"
@@ -104,29 +100,3 @@ def _run(graph: Graph, store: Store, driver: Driver, executor: Executor | None, 
 def _ended_well(journal: Journal) -> bool:
     records, _ = journal.read()
     return bool(records) and records[-1].get("status") == "finished"
-
-
-def _machine(graph: Graph) -> str:
-    """What a latency depends on besides the network."""
-    return f"{processor()} / {graph.recipe.compute.worker_threads} threads / torch {versions()['torch']}"
-
-
-def _latencies(manifests: Mapping[str, Manifest], store: Store, machine: str) -> dict[str, float]:
-    found = {name: store.latency(manifest.artifact, machine) for name, manifest in manifests.items()}
-    return {name: milliseconds for name, milliseconds in found.items() if milliseconds is not None}
-
-
-def _are_measured(manifests: Mapping[str, Manifest], store: Store, machine: str) -> bool:
-    return len(_latencies(manifests, store, machine)) == len(manifests)
-
-
-def _measured_latency(manifest: Manifest, store: Store, machine: str, threads: int) -> float:
-    """Milliseconds for one image; measured if need be, now that the stages are done and all is quiet."""
-    known = store.latency(manifest.artifact, machine)
-    if known is not None:
-        return known
-    network = artifact.load(store.artifact(manifest.artifact))
-    shape = network.spec.input_shape
-    found = measure_latency(network, shape, threads=threads, repeats=30, seconds=0.2).median_ms
-    store.set_latency(manifest.artifact, machine, found)
-    return found

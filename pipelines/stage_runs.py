@@ -86,18 +86,22 @@ class StageRuns:
             self._client.update_run(stage.run_id, status="RUNNING")
             stage.status = "RUNNING"
 
-    def write_latency(self, key: str, milliseconds: float, moment: int) -> None:
-        """Write what was measured for a stage's network, unless it is what MLflow has."""
+    def write_latencies(self, key: str, latencies: dict[str, float | None], moment: int) -> None:
+        """Write the milliseconds measured for a stage's network, unless they are what MLflow has."""
         from mlflow.entities import Metric
 
         stage = self.runs.get(key)
-        if stage is not None and stage.metrics.get("latency_ms") != milliseconds:
-            log_run(
-                self._client,
-                stage.run_id,
-                [Metric("latency_ms", milliseconds, moment, 0, model_id=stage.model_id)],
-            )
-            stage.metrics["latency_ms"] = milliseconds
+        if stage is None:
+            return
+        new = {
+            name: value
+            for name, value in latencies.items()
+            if value is not None and stage.metrics.get(name) != value
+        }
+        if new:
+            metrics = [Metric(name, value, moment, 0, model_id=stage.model_id) for name, value in new.items()]
+            log_run(self._client, stage.run_id, metrics)
+            stage.metrics |= new
 
     def end_unfinished(self, status: str, moment: int) -> None:
         """Give `status` to the runs of stages that were running when the pipeline ended."""

@@ -5,7 +5,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,8 @@ from pipelines.lease import Fenced, Lease
 SHORTEST_PREFIX = 6
 
 Number = float | int | None
+Timed = dict[str, float]
+"""`median_ms`, `iqr_ms` and the number of `repeats` of a latency."""
 
 
 class Input(BaseModel):
@@ -191,20 +193,21 @@ class Store:
 
     # Latency
 
-    def latency(self, artifact: str, machine: str) -> float | None:
-        """Return the milliseconds measured for an artifact on the machine called `machine`, or None."""
-        path = self._latency_path(artifact, machine)
-        return float(json.loads(path.read_bytes())["milliseconds"]) if path.exists() else None
+    def latencies(self, network: str, machine: str) -> dict[str, Timed | None]:
+        """Return what was timed of the architecture of digest `network` on `machine`; None: it cannot be."""
+        path = self._latency_path(network, machine)
+        found: dict[str, Timed | None] = json.loads(path.read_bytes())["latencies"] if path.exists() else {}
+        return found
 
-    def set_latency(self, artifact: str, machine: str, milliseconds: float) -> None:
-        """Keep a measured latency; a later measurement takes its place."""
+    def add_latencies(self, network: str, machine: str, found: Mapping[str, Timed | None]) -> None:
+        """Keep what was timed, beside what is there; a later measurement takes an earlier one's place."""
         record = {
-            "artifact": artifact,
+            "network": network,
             "machine": machine,
-            "milliseconds": milliseconds,
+            "latencies": self.latencies(network, machine) | dict(found),
             "created": time.time(),
         }
-        replace(self._latency_path(artifact, machine), json.dumps(record).encode())
+        replace(self._latency_path(network, machine), json.dumps(record).encode())
 
     # Pipelines
 
@@ -236,10 +239,8 @@ class Store:
     def _manifest_path(self, key: str) -> Path:
         return self.root / "manifests" / f"{hex_name(key)}.json"
 
-    def _latency_path(self, artifact: str, machine: str) -> Path:
-        return (
-            self.root / "latency" / f"{hex_name(artifact)}-{sha256(machine.encode()).hexdigest()[:16]}.json"
-        )
+    def _latency_path(self, network: str, machine: str) -> Path:
+        return self.root / "latency" / f"{hex_name(network)}-{sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
 def _remove_if_empty(folder: Path) -> None:

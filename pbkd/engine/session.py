@@ -39,6 +39,9 @@ class Session(Protocol):
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all ranks."""
 
+    def max(self, values: Tensor) -> Tensor:
+        """The largest of each of `values` over all ranks."""
+
 
 class Stopped(Exception):  # noqa: N818  # not an error: the run was asked to end
     """The training was asked to stop and has saved its state."""
@@ -98,6 +101,13 @@ class LocalSession:
 
     def sum(self, values: Tensor) -> Tensor:
         """All-reduce in place."""
+        return self._reduce(values, torch.distributed.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """All-reduce in place."""
+        return self._reduce(values, torch.distributed.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
         if self.world_size > 1:
-            torch.distributed.all_reduce(values)
+            torch.distributed.all_reduce(values, operation)
         return values

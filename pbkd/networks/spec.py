@@ -6,6 +6,8 @@ teachers, students and pruned networks are all built by the same code, from the 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -126,6 +128,11 @@ class NetworkSpec(Spec):
     def num_classes(self) -> int:
         """Classes the classifier tells apart."""
         return self.classifier.widths[-1]
+
+    @property
+    def digest(self) -> str:
+        """The architecture's sha256, in hex."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
     def with_block(self, index: int, block: BlockSpec) -> NetworkSpec:
         """The same network with block `index` (from 0) replaced."""

@@ -94,9 +94,9 @@ def record_pipeline(store: Store, pipeline_id: str = PIPELINE, seed: int = 0, st
                 journal.append({"type": "progress", "key": manifest.key, "row": row})
         journal.append(record | {"type": "finished", "state": state, "time": manifest.created})
     for name, *_, macs in STAGES:
-        journal.append(
-            {"type": "latency", "key": keys(seed)[name], "milliseconds": macs / 100, "time": START + 90}
-        )
+        latencies = {"latency_ms": macs / 100, "latency_ms_batch32": macs / 10, "latency_ms_compiled": None}
+        record = {"type": "latency", "key": keys(seed)[name], "latencies": latencies, "time": START + 90}
+        journal.append(record)
     journal.append({"type": "ended", "status": "finished", "time": START + 91})
 
 

@@ -101,7 +101,8 @@ def test_a_pipeline_becomes_a_parent_run_with_a_run_and_a_model_for_every_stage(
         (22, int((START + 12) * 1000), 0.5),
     ]
     assert block["metrics"]["latency_ms"] == [(0, int((START + 90) * 1000), 8)]
-    assert "agreement" not in block["metrics"]
+    assert block["metrics"]["latency_ms_batch32"] == [(0, int((START + 90) * 1000), 80)]
+    assert {"agreement", "latency_ms_compiled"}.isdisjoint(block["metrics"])
     assert (block["inputs"], block["outputs"]) == (["teacher"], ["block1"])
     assert block["data"] == [("digits", digest("data")[:36], "training")]
     assert [runs[name]["roles"] for name, *_ in STAGES] == [

@@ -64,6 +64,8 @@ def run_rank(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD
     )
     try:
+        largest = LocalSession(rank=rank, world_size=WORLD).max(torch.tensor([float(rank), -float(rank)]))
+        save_file({"largest": largest}, Path(folder) / f"largest-{rank}.safetensors")
         for norm in (False, True):
             network = network_of(norm)
             history = train_block(network, LocalSession(rank=rank, world_size=WORLD))
@@ -90,6 +92,12 @@ def ranks(folder: Path) -> dict[tuple[bool, int], dict[str, Tensor]]:
         for norm in (False, True)
         for rank in range(WORLD)
     }
+
+
+def test_every_rank_knows_the_largest_value_of_all(folder: Path) -> None:
+    for rank in range(WORLD):
+        found = load_file(folder / f"largest-{rank}.safetensors")["largest"]
+        assert found.tolist() == [WORLD - 1, 0]
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -146,12 +146,14 @@ def test_a_damaged_manifest_is_named_with_the_cure(store: Store) -> None:
         store.manifest(KEY)
 
 
-def test_latency_is_kept_by_artifact_and_machine(store: Store) -> None:
-    assert store.latency(ARTIFACT, "Intel(R) Xeon(R) @ 2/4") is None
-    store.set_latency(ARTIFACT, "Intel(R) Xeon(R) @ 2/4", 1.5)
-    store.set_latency(ARTIFACT, "Intel(R) Xeon(R) @ 2/4", 2.5)
-    assert store.latency(ARTIFACT, "Intel(R) Xeon(R) @ 2/4") == 2.5
-    assert store.latency(ARTIFACT, "another") is None
+def test_latencies_are_kept_by_architecture_and_machine_beside_those_that_are_there(store: Store) -> None:
+    machine = "Intel(R) Xeon(R) @ 2/4"
+    first, later = ({"median_ms": value, "iqr_ms": 0.1, "repeats": 30} for value in (1.5, 2.5))
+    assert store.latencies(ARTIFACT, machine) == {}
+    store.add_latencies(ARTIFACT, machine, {"latency_ms": first, "latency_ms_compiled": None})
+    store.add_latencies(ARTIFACT, machine, {"latency_ms": later})
+    assert store.latencies(ARTIFACT, machine) == {"latency_ms": later, "latency_ms_compiled": None}
+    assert store.latencies(ARTIFACT, "another") == {}
 
 
 def test_an_impossible_root_is_a_users_mistake_and_leaves_nothing(tmp_path: Path) -> None:
