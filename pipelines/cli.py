@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import tempfile
+import webbrowser
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -160,6 +162,37 @@ def ui(
     serve(opened, uri or default_uri(opened), port)
 
 
+@app.command(epilog="Example: pbkd report pipelines/recipes/digits.yaml --open")
+def report(
+    which: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE|PIPELINE_ID]", help="What was run; without it the store's latest pipeline."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    store: StoreOption = DEFAULT_STORE,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Where to; without it pipelines/ID/report.html in the store."),
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    json_: Machine = False,
+) -> None:
+    """Write one HTML page about a pipeline: results, figures, lineage. It needs no network to be read."""
+    from pbkd.errors import UserError
+    from pipelines.report import gather
+    from pipelines.report_page import render, write
+
+    opened = _required(store)
+    identity, command = _reported(which, overrides or [], opened)
+    facts = gather(opened, identity)
+    path = write(render(facts, command), out or facts.folder / "report.html")
+    typer.echo(json.dumps({"path": str(path), "pipeline": identity}) if json_ else path)
+    if open_ and not webbrowser.open(path.as_uri()):
+        raise UserError(f"{path}: is written, but no browser was found to show it; open it yourself")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The console script. Returns 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C and SIGTERM."""
     for name, value in ENVIRONMENT.items():
@@ -225,6 +258,28 @@ def _graph(path: Path, recipe: Recipe, store: Store | None) -> Graph:
             return build_graph(recipe, store, store.root / "cache" if store else Path(cache))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+
+
+def _reported(which: str | None, overrides: list[str], store: Store) -> tuple[str, str | None]:
+    """The id of the pipeline that is meant, and the command that runs it, if it was named by its recipe."""
+    from pbkd.errors import UserError
+    from pipelines.report import choose_pipeline
+
+    if which is None:
+        return choose_pipeline(store), None
+    if "=" in which:
+        raise UserError(f"override '{which}': name its recipe before it: pbkd report RECIPE {which}")
+    path = Path(which)
+    if not (path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.is_file()):
+        if overrides:
+            raise UserError(f"override '{overrides[0]}': '{which}' is no recipe (.yaml) that it could be of")
+        return choose_pipeline(store, which), None
+    from pipelines.graph import pipeline_id, require_keys
+    from pipelines.recipe import load_recipe
+
+    graph = _graph(path, load_recipe(path, overrides), store)
+    require_keys(graph)
+    return pipeline_id(graph), shlex.join(["pbkd", "run", which, *overrides, "--store", str(store.root)])
 
 
 def _plan_rows(graph: Graph, store: Store | None) -> list[dict[str, Any]]:

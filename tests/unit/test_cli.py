@@ -94,7 +94,7 @@ def test_the_plan_for_people_has_every_stage(capfd: pytest.CaptureFixture[str]) 
     assert "2.693x" in out and "unknown: data.root=" in out
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "lineage", "ui"])
+@pytest.mark.parametrize("command", ["run", "plan", "lineage", "report", "ui"])
 def test_every_command_has_help_with_an_example(command: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     out, _ = capfd.readouterr()
@@ -107,7 +107,7 @@ def test_help_is_what_one_gets_for_nothing_and_it_names_every_command(
 ) -> None:
     assert main([]) == 0
     out, _ = capfd.readouterr()
-    assert all(f" {command} " in out for command in ("run", "plan", "lineage", "ui"))
+    assert all(f" {command} " in out for command in ("run", "plan", "lineage", "report", "ui"))
     assert "pbkd run pipelines/recipes/digits.yaml" in out
 
 
@@ -119,4 +119,4 @@ def test_help_imports_nothing_heavy() -> None:
     )
     modules = set(found.stdout.splitlines()[-1].split())
     assert "typer" in modules
-    assert modules.isdisjoint({"torch", "ray", "mlflow", "numpy", "omegaconf"})
+    assert modules.isdisjoint({"torch", "ray", "mlflow", "numpy", "omegaconf", "matplotlib", "jinja2"})

@@ -1,0 +1,257 @@
+"""What the store knows of one pipeline, gathered for its report: facts only, nothing is run or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pbkd.errors import UserError
+from pipelines.journal import Journal, Record
+from pipelines.store import Manifest, Store
+
+Row = Mapping[str, Any]
+State = Literal["finished", "running", "interrupted", "not begun", "removed"]
+SAME = {"nll": "test_loss"}  # of manifests that have the one and not the other
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """A stage of the pipeline, finished or not.
+
+    Attributes:
+        role: `teacher`, `student`, `baseline` or `stage`.
+        state: `running` is what a killed run leaves, too; `removed`: finished, but its manifest is gone.
+        key: None if no run has come to it.
+        inputs: (role, name) of the stages it was made from, as far as it is known.
+        manifest: None unless it is finished.
+        rows: its history; of an unfinished stage what the journal has of it.
+        latencies: milliseconds by name, such as `latency_ms`; None: it was tried, and does not work there.
+    """
+
+    name: str
+    kind: str
+    role: str
+    state: State
+    key: str | None = None
+    inputs: tuple[tuple[str, str], ...] = ()
+    manifest: Manifest | None = None
+    rows: tuple[Row, ...] = ()
+    latencies: Mapping[str, float | None] = field(default_factory=dict)
+
+    def value(self, name: str) -> float | None:
+        """The metric or latency called `name`, or None: not every version of pbkd measured everything."""
+        metrics = self.manifest.metrics if self.manifest else {}
+        found = metrics.get(name, self.latencies.get(name))
+        return self.value(SAME[name]) if found is None and name in SAME else found
+
+    def series(self, name: str, along: str = "step") -> list[tuple[float, float]]:
+        """(`along`, value) of the rows of its history that have `name`."""
+        return [(row[along], row[name]) for row in self.rows if row.get(name) is not None]
+
+
+@dataclass(frozen=True)
+class PipelineFacts:
+    """A pipeline as its journal and the manifests of its stages tell it.
+
+    Attributes:
+        folder: of its journal and its recipe.yaml.
+        recipe: as it ran, in full.
+        status: of its latest run; None if that has not ended, or was killed.
+        begun, ended: seconds since 1970 of its first run's begin and its latest run's end.
+        stages: by name, in the order of the recipe.
+    """
+
+    id: str
+    name: str
+    store: Path
+    folder: Path
+    recipe: Mapping[str, Any]
+    teacher: str
+    student: str
+    status: str | None
+    begun: float
+    ended: float | None
+    stages: dict[str, StageFacts]
+
+    @property
+    def finished(self) -> list[StageFacts]:
+        """The stages that are finished."""
+        return [stage for stage in self.stages.values() if stage.manifest is not None]
+
+    @property
+    def unfinished(self) -> list[StageFacts]:
+        """The others."""
+        return [stage for stage in self.stages.values() if stage.manifest is None]
+
+
+@dataclass(frozen=True)
+class Shock:
+    """A stage that recorded gradient shock.
+
+    Attributes:
+        stabilized: steps of stabilization between `origin` and it; 0 without.
+    """
+
+    stage: StageFacts
+    origin: str
+    stabilized: int
+
+    @property
+    def norms(self) -> list[tuple[float, float]]:
+        """(step, norm of the gradient of stem and blocks before clipping)."""
+        return self.stage.series("gradient_norm")
+
+    @property
+    def similarities(self) -> list[tuple[float, float]]:
+        """(step, linear CKA of the features with those the stage began with)."""
+        return self.stage.series("feature_cka")
+
+
+def choose_pipeline(store: Store, prefix: str | None = None) -> str:
+    """The id that begins with `prefix`, or the pipeline written to last; UserError if there is none."""
+    known = store.pipelines()
+    if not known:
+        raise UserError(f"store {store.root}: no pipeline was run in it yet; start one: pbkd run RECIPE")
+    if prefix is None:
+        return known[0]
+    fitting = [name for name in known if name.startswith(prefix)]
+    if prefix in known:
+        return prefix
+    if len(fitting) != 1:
+        found = f"fits {len(fitting)} of them, {_some(fitting)}" if fitting else f"has {_some(known)}"
+        raise UserError(
+            f"store {store.root}: it has no single pipeline '{prefix}'; it {found}\n"
+            "give an id of these, or a recipe (a .yaml file), or nothing for the latest"
+        )
+    return fitting[0]
+
+
+def gather(store: Store, pipeline_id: str) -> PipelineFacts:
+    """Read the journal of a pipeline and the manifests of its stages.
+
+    Raises:
+        UserError: there is no such pipeline, or no stage of it is finished.
+    """
+    known = store.pipelines()
+    if pipeline_id not in known:
+        raise UserError(
+            f"store {store.root}: pipeline {pipeline_id} was not run in it; it has {_some(known) or 'none'}\n"
+            "run it first with pbkd run, or name another store with --store DIR"
+        )
+    folder = store.pipeline(pipeline_id)
+    records, _ = Journal(folder / "journal.jsonl").read()
+    begins = [record for record in records if record.get("type") == "pipeline"]
+    if not begins:
+        raise UserError(f"{folder / 'journal.jsonl'}: tells of no run; run the recipe again: pbkd run RECIPE")
+    ends = [record for record in records if record.get("type") == "ended"]
+    latest = begins[-1]
+    facts = PipelineFacts(
+        id=pipeline_id,
+        name=latest["name"],
+        store=store.root,
+        folder=folder,
+        recipe=latest.get("recipe") or {},
+        teacher=latest["teacher"],
+        student=latest["student"],
+        status=records[-1]["status"] if records[-1].get("type") == "ended" else None,
+        begun=begins[0]["time"],
+        ended=ends[-1]["time"] if ends else None,
+        stages=_stages(store, latest, records),
+    )
+    if not facts.finished:
+        raise UserError(
+            f"store {store.root}: pipeline {pipeline_id} ({facts.name}) has no finished stage yet, of "
+            f"{len(facts.stages)}\nrun it on, then report: pbkd run {folder / 'recipe.yaml'}"
+        )
+    return facts
+
+
+def shock_groups(facts: PipelineFacts) -> list[list[Shock]]:
+    """The stages that recorded gradient shock, those of a common origin together.
+
+    The origin is what a stage starts from, with stabilizations skipped: so the same network's training with
+    and without them is one group. Stabilizing itself moves no features and is left out.
+    """
+    groups: dict[str, list[Shock]] = {}
+    for stage in facts.stages.values():
+        if stage.kind == "stabilize" or not (stage.series("gradient_norm") or stage.series("feature_cka")):
+            continue
+        origin, stabilized = dict(stage.inputs).get("from"), 0
+        while origin is not None and facts.stages[origin].kind == "stabilize":
+            rows = facts.stages[origin].rows
+            stabilized += int(max((row["step"] for row in rows), default=0))
+            origin = dict(facts.stages[origin].inputs).get("from")
+        shock = Shock(stage, origin or "fresh weights", stabilized)
+        groups.setdefault(origin or stage.name, []).append(shock)
+    return list(groups.values())
+
+
+def _stages(store: Store, latest: Record, records: Sequence[Record]) -> dict[str, StageFacts]:
+    """Every stage of the run that `latest` begins, from what all runs of the pipeline have recorded."""
+    started = _by_name(records, "started")
+    done = _by_name(records, "finished")
+    since = _by_name(records[records.index(latest) :], "started")
+    names = list(latest["stages"])
+    keys = {name: (done.get(name) or started.get(name) or {}).get("key") for name in names}
+    name_of = {key: name for name, key in reversed(keys.items()) if key is not None}
+    progress: dict[str, list[Row]] = {}
+    latencies: dict[str, Mapping[str, float | None]] = {}
+    for record in records:
+        if record.get("type") == "progress":
+            progress.setdefault(record["key"], []).append(record["row"])
+        elif record.get("type") == "latency":
+            latencies[record["key"]] = record.get("latencies") or {"latency_ms": record["milliseconds"]}
+    is_over = records[-1].get("type") == "ended"
+    stages = {}
+    for name in names:
+        key = keys[name]
+        manifest = store.manifest(key) if key else None
+        inputs: Iterable[tuple[str, str]] = ()
+        if manifest is not None:
+            inputs = ((given.role, given.key) for given in manifest.inputs)
+        elif name in started:
+            inputs = ((given["role"], given["key"]) for given in started[name]["inputs"])
+        state: State = "not begun"
+        if manifest is not None:
+            state = "finished"
+        elif name in done:
+            state = "removed"
+        elif name in started:
+            state = "running" if name in since and not is_over else "interrupted"
+        stages[name] = StageFacts(
+            name=name,
+            kind=manifest.kind if manifest else started.get(name, {}).get("kind") or _kind(latest, name),
+            role=_role(latest, name),
+            state=state,
+            key=key,
+            inputs=tuple((role, name_of[other]) for role, other in inputs if other in name_of),
+            manifest=manifest,
+            rows=tuple(manifest.history if manifest else progress.get(key or "", ())),
+            latencies=latencies.get(key or "", {}),
+        )
+    return stages
+
+
+def _by_name(records: Iterable[Record], kind: str) -> dict[str, Record]:
+    """The latest record of that type of each stage."""
+    return {record["name"]: record for record in records if record.get("type") == kind}
+
+
+def _role(latest: Record, name: str) -> str:
+    if name in (latest.get("baselines") or ()):
+        return "baseline"
+    return {latest["teacher"]: "teacher", latest["student"]: "student"}.get(name, "stage")
+
+
+def _kind(latest: Record, name: str) -> str:
+    """What the recipe calls it; a member of a progressive stage is known by its group only."""
+    stages = (latest.get("recipe") or {}).get("stages") or {}
+    return str((stages.get(name) or stages.get(name.rpartition(".")[0]) or {}).get("kind", "?"))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {more} more" if more > 0 else "")
