@@ -62,6 +62,21 @@ def test_the_report_of_a_run_has_the_documented_keys(digits: dict[str, Any]) -> 
         assert 0 <= stage["test_accuracy"] <= 100 and 0 <= stage["agreement"] <= 100
 
 
+def test_a_report_page_has_every_measurement_and_the_recipe_to_repeat_it(
+    digits: dict[str, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    here = ["--store", digits["store"], "--json"]
+    assert main(["report", str(_recipe("digits")), "smoke=true", "compute.executor=local", *here]) == 0
+    path = Path(json.loads(capfd.readouterr().out)["path"])
+    html = path.read_text("utf-8")
+    for stage in digits["stages"]:
+        assert stage["key"][:12] in html and stage["artifact"].rpartition("/")[2] in html
+        assert f"<td>{stage['latency_ms_batch32']:,.2f}</td><td>{stage['memory_peak_mb']:,.0f}</td>" in html
+    assert main(["plan", str(path.with_name("recipe.yaml")), *here]) == 0
+    again = json.loads(capfd.readouterr().out)["stages"]
+    assert [(row["key"], row["state"]) for row in again] == [(row["key"], "done") for row in digits["stages"]]
+
+
 def test_the_student_has_a_third_of_the_teachers_macs_and_the_baselines_its_architecture(
     digits: dict[str, Any],
 ) -> None:
