@@ -55,11 +55,11 @@ COLUMNS = (
     Column("NLL", "nll", _digits(4), "negative log-likelihood of the test labels, nats"),
     Column("ECE, %", "ece", _digits(2), "expected calibration error, 15 bins"),
     Column("agreement, %", "agreement", _digits(2), "test images it puts into the teacher's class"),
-    Column("KL", "kl", _digits(4), "mean KL(teacher || stage) on the test set, nats"),
+    Column("KL", "kl", _digits(4), "mean KL(teacher, stage) on the test set, nats"),
     Column("params", "params", human, "parameters"),
     Column("non-zero", "nonzero_params", human, "parameters that are not zero"),
     Column("MACs", "macs", human, "multiply-accumulates of one image"),
-    Column("MACs ratio", "macs_ratio", _digits(2, "x"), "the teacher's MACs over the stage's"),
+    Column("MACs ratio", "macs_ratio", _digits(2, "x"), "MACs of the pipeline's teacher over the stage's"),
     Column("ms, batch 1", "latency_ms", _digits(2), "milliseconds for one image, median"),
     Column("ms, batch 32", "latency_ms_batch32", _digits(2), "milliseconds for 32 images, median"),
     Column("compiled, batch 1", "latency_ms_compiled", _digits(2), "by torch.compile, milliseconds", True),
@@ -85,7 +85,7 @@ def render(facts: PipelineFacts, command: str | None = None) -> str:
         headline=headline(facts),
         head=_head(facts),
         columns=columns,
-        rows=[(stage, _cells(stage, columns)) for stage in facts.stages.values()],
+        rows=[(stage, _cells(facts, stage, columns)) for stage in facts.stages.values()],
         states=STATES,
         progress=_progress,
         accuracy=figures.accuracy_against_macs(facts),
@@ -134,7 +134,7 @@ def headline(facts: PipelineFacts) -> str:
     if (ratio := _ratio(teacher, student, "latency_ms")) is not None:
         said += f" and was measured {ratio:.2f}x as fast (one image in {student.value('latency_ms'):.2f} ms "
         said += f"instead of {teacher.value('latency_ms'):.2f} ms)"
-    return said + "."
+    return said.replace(" %", "\N{NO-BREAK SPACE}%") + "."
 
 
 def _ratio(teacher: StageFacts, student: StageFacts, metric: str) -> float | None:
@@ -148,17 +148,20 @@ def _head(facts: PipelineFacts) -> list[tuple[str, str]]:
         ("pipeline", facts.id),
         ("data", str(data.get("name", NOTHING))),
         ("seed", str(facts.recipe.get("seed", NOTHING))),
-        ("begun", _when(facts.begun)),
-        ("ended", _when(facts.ended)),
+        ("begun, UTC", _when(facts.begun)),
+        ("ended, UTC", _when(facts.ended)),
         ("latest run", STATUS[facts.status]),
         ("stages finished", f"{len(facts.finished)} of {len(facts.stages)}"),
     ]
 
 
-def _cells(stage: StageFacts, columns: Sequence[Column]) -> list[str]:
+def _cells(facts: PipelineFacts, stage: StageFacts, columns: Sequence[Column]) -> list[str]:
     cells = []
     for column in columns:
         value = stage.value(column.metric)
+        if column.metric == "macs_ratio":
+            # The manifest's is to the stage's own teacher, which may be an assistant.
+            value = _ratio(facts.stages[facts.teacher], stage, "macs")
         cells.append(NOTHING if value is None else column.form(value))
     return [*cells, NOTHING if stage.manifest is None else f"{stage.manifest.seconds:,.1f}"]
 
@@ -232,4 +235,4 @@ def _recipe(facts: PipelineFacts) -> str:
 def _when(seconds: float | None) -> str:
     if seconds is None:
         return NOTHING
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M")
