@@ -2,127 +2,166 @@
 
     python -m benchmarks.paired_seeds pipelines/recipes/digits.yaml --seeds 5
 
-Adds one row a stage and seed to benchmarks/results/RECIPE.csv (final epoch, test set). Prints, and writes to
-RECIPE_summary.csv, means, standard deviations and the student's paired differences with 95 % intervals.
-Finished stages are reused.
+Adds one row a finished stage and seed to benchmarks/results/RECIPE.csv (final epoch, test set), also when a
+run fails or is stopped. Prints, and writes to RECIPE_summary.csv, means, standard deviations and the
+student's paired differences with 95 % intervals, over all rows of the recipe and these overrides: seeds may
+be run in several sessions (--first). Finished stages are reused.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
+import io
+import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from scipy.stats import t as student_t
+
+from pipelines.durable import replace
+from pipelines.graph import build_graph, finished
+from pipelines.latency import Latencies
+from pipelines.recipe import Recipe, load_recipe
+from pipelines.store import Store
 
 COLUMNS = (
     "recipe", "overrides", "seed", "stage", "role", "kind", "macs", "macs_ratio", "params", "test_accuracy",
     "val_accuracy", "agreement", "seconds", "key", "digest", "commit", "processor", "torch", "date",
+    "test_top5", "nll", "ece", "kl", "nonzero_params", "nonzero_macs", "latency_ms", "latency_ms_batch32",
+    "memory_peak_mb",
 )  # fmt: skip
+SUMMARY_COLUMNS = ("recipe", "stage", "seeds", "mean", "sd", "student_minus", "low", "high")
+STOPPED = 128 + signal.SIGINT
+
+Row = dict[str, Any]
 
 
-def main() -> None:
-    """The command."""
+def main() -> int:
+    """The command. Returns what the last `pbkd run` did; 130 after Ctrl-C and SIGTERM."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value")
-    parser.add_argument("--seeds", type=int, default=5, help="at least 2")
+    parser.add_argument("--seeds", type=int, default=5, help="how many; default: %(default)s")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="default: %(default)s")
     parser.add_argument("--store", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/RECIPE.csv")
     arguments = parser.parse_intermixed_args()
     out = arguments.out or Path(__file__).parent / "results" / f"{arguments.recipe.stem}.csv"
-    reports = []
-    for seed in range(arguments.seeds):
-        report = run(arguments.recipe, [*arguments.overrides, f"seed={seed}"], arguments.store)
-        reports.append(report)
-        write(out, [row(report, stage, seed, arguments.overrides) for stage in report["stages"]])
-    rows = summarize(reports)
-    with out.with_stem(out.stem + "_summary").open("w", newline="") as file:
-        columns = ("recipe", "stage", "seeds", "mean", "sd", "student_minus", "low", "high")
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    sys.stdout.write("\n".join(["test accuracy in percent, final epoch", *map(sentence, rows), ""]))
+    overrides = " ".join(arguments.overrides)
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = 0
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
+        seeded = [*arguments.overrides, f"seed={seed}"]
+        recipe = load_recipe(arguments.recipe, seeded)
+        code = run(arguments.recipe, seeded, arguments.store)
+        rows = write(out, finished_rows(recipe, overrides, Store(arguments.store)))
+        same = [row for row in rows if (row["recipe"], row["overrides"]) == (recipe.name, overrides)]
+        summary = summarize(same)
+        _write(out.with_stem(out.stem + "_summary"), SUMMARY_COLUMNS, summary)
+        if code:
+            break
+    sys.stdout.write("\n".join(["test accuracy in percent, final epoch", *map(sentence, summary), ""]))
+    return code
 
 
-def run(recipe: Path, overrides: list[str], store: Path) -> dict[str, Any]:
-    """What `pbkd run --json` says of one run."""
-    pbkd = [sys.executable, "-m", "pipelines.cli"]
-    command = [*pbkd, "run", str(recipe), *overrides, "--store", str(store), "--json"]
-    report: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    return report
+def run(recipe: Path, overrides: Sequence[str], store: Path) -> int:
+    """Exit code of `pbkd run`; if this process is stopped, so is that one."""
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), *overrides, "--store", str(store)]
+    # In a session of its own it does not get a terminal's Ctrl-C: it is told once, from here.
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        return STOPPED
 
 
-def row(report: dict[str, Any], stage: dict[str, Any], seed: int, overrides: list[str]) -> dict[str, Any]:
-    """A line of the CSV."""
-    name = stage["name"]
-    role = "baseline" if name in report["baselines"] else "stage"
-    role = {report["teacher"]: "teacher", report["student"]: "student"}.get(name, role)
-    manifest = json.loads((Path(report["store"]) / "manifests" / f"{stage['key']}.json").read_text())
-    return {column: stage.get(column) for column in COLUMNS} | {
-        "recipe": report["recipe"],
-        "overrides": " ".join(overrides),
-        "seed": seed,
-        "stage": name,
-        "role": role,
-        "commit": (manifest["git"] or "")[:12],
-        "processor": manifest["machine"]["processor"],
-        "torch": manifest["versions"]["torch"],
-        "date": datetime.fromtimestamp(manifest["created"], UTC).date().isoformat(),
-        "seconds": round(stage["seconds"], 2),
-    }
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to the CSV; a row of the same recipe, overrides, seed and stage is replaced."""
-    same = ("recipe", "overrides", "seed", "stage")
-    old = []
-    if path.exists():
-        with path.open(newline="") as file:
-            old = list(csv.DictReader(file))
-    new = {tuple(str(row[name]) for name in same) for row in rows}
-    kept = [row for row in old if tuple(row[name] for name in same) not in new]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(kept + rows)
-
-
-def summarize(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a stage: mean and standard deviation, and how much better the student is, with its interval."""
-    first = reports[0]
-    accuracy = {
-        name: [next(s["test_accuracy"] for s in report["stages"] if s["name"] == name) for report in reports]
-        for name in [stage["name"] for stage in first["stages"]]
-    }
-    compared = {first["teacher"], *first["baselines"]}
+def finished_rows(recipe: Recipe, overrides: str, store: Store) -> list[Row]:
+    """A line of the CSV for each stage of `recipe` that is finished, in the recipe's order."""
+    data = recipe.data.model_copy(update={"download": False})
+    graph = build_graph(recipe.model_copy(update={"data": data}), store, store.root / "cache")
+    latencies = Latencies(store, recipe.compute)
     rows = []
-    for name, values in accuracy.items():
-        row = {"recipe": first["recipe"], "stage": name, "seeds": len(values)}
-        row |= {"mean": f"{statistics.mean(values):.2f}", "sd": f"{statistics.stdev(values):.2f}"}
-        if name in compared:
-            student = accuracy[first["student"]]
-            differences = [mine - other for mine, other in zip(student, values, strict=True)]
-            low, high = interval(differences)
-            row |= {"student_minus": f"{statistics.mean(differences):+.2f}"}
-            row |= {"low": f"{low:+.2f}", "high": f"{high:+.2f}"}
-        rows.append(row)
+    for name, manifest in finished(graph, store).items():
+        measured = manifest.metrics | latencies.of(manifest)
+        rows.append(
+            {column: measured.get(column) for column in COLUMNS}
+            | {
+                "recipe": recipe.name,
+                "overrides": overrides,
+                "seed": recipe.seed,
+                "stage": name,
+                "role": graph.role(name),
+                "kind": manifest.kind,
+                "seconds": round(manifest.seconds, 2),
+                "key": manifest.key,
+                "digest": manifest.digest,
+                "commit": (manifest.git or "")[:12],
+                "processor": manifest.machine["processor"],
+                "torch": manifest.versions["torch"],
+                "date": datetime.fromtimestamp(manifest.created, UTC).date().isoformat(),
+            }
+        )
     return rows
 
 
-def sentence(row: dict[str, Any]) -> str:
-    """The row for a person."""
-    text = f"{row['stage']:<24}{row['mean']} +- {row['sd']}"
+def write(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """Add rows to the CSV; one of the same recipe, overrides, seed and stage is replaced. All rows of it.
+
+    Rows of a file without some of the columns get empty values.
+    """
+    same = ("recipe", "overrides", "seed", "stage")
+    new = {tuple(str(row[name]) for name in same) for row in rows}
+    kept = [row for row in _read(path) if tuple(row[name] for name in same) not in new]
+    _write(path, COLUMNS, [*kept, *rows])
+    return _read(path)
+
+
+def summarize(rows: Iterable[Row]) -> list[Row]:
+    """A row a stage: mean and standard deviation, and how much better the student is, with its interval.
+
+    A difference is taken over the seeds that both have; what needs two of them is left out below.
+    """
+    accuracy: dict[str, dict[str, float]] = {}  # by stage and seed
+    first: dict[str, Row] = {}
+    for row in rows:
+        accuracy.setdefault(row["stage"], {})[row["seed"]] = float(row["test_accuracy"])
+        first.setdefault(row["stage"], row)
+    student = next((accuracy[name] for name, row in first.items() if row["role"] == "student"), {})
+    summary = []
+    for name, row in first.items():
+        values = accuracy[name]
+        line: Row = {"recipe": row["recipe"], "stage": name, "seeds": len(values)}
+        line["mean"] = f"{statistics.mean(values.values()):.2f}"
+        if len(values) > 1:
+            line["sd"] = f"{statistics.stdev(values.values()):.2f}"
+        differences = [student[seed] - value for seed, value in values.items() if seed in student]
+        if differences and row["role"] in ("teacher", "baseline"):
+            line["student_minus"] = f"{statistics.mean(differences):+.2f}"
+            if len(differences) > 1:
+                line["low"], line["high"] = (f"{end:+.2f}" for end in interval(differences))
+        summary.append(line)
+    return summary
+
+
+def sentence(row: Row) -> str:
+    """The row of the summary for a person."""
+    text = f"{row['stage']:<24}{row['mean']}"
+    if "sd" in row:
+        text += f" +- {row['sd']}"
+    text += f" ({row['seeds']})"
+    if "student_minus" in row:
+        text += f"   student {row['student_minus']}"
     if "low" in row:
-        text += f"   student {row['student_minus']}, 95 % interval [{row['low']}, {row['high']}]"
+        text += f", 95 % interval [{row['low']}, {row['high']}]"
     return text
 
 
@@ -133,5 +172,26 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def _read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, text.getvalue().encode())
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is the orderly end
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
