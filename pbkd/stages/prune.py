@@ -20,6 +20,7 @@ from pbkd.networks import BlockNetwork, NetworkSpec, cost_of, maskable_weights, 
 from pbkd.networks.block_network import ConvLayer, Residual, path_of
 from pbkd.networks.spec import BlockSpec, ConvSpec, PadShortcut, ResidualUnit, Unit, layers_of
 from pbkd.stages.base import Context, Role, Stage, Unplanned, start_of
+from pbkd.students import initialize_least_squares
 
 Criterion = Literal["l1", "group_norm", "bn_scale"]
 LARGEST_RATIO = 0.95
@@ -33,13 +34,16 @@ class Prune(Stage):
         ratio: share of the channels each layer (or, with `ranking: global`, the network) loses.
         macs: share of the multiply-accumulates that may be left; the smallest ratio that reaches it is taken.
         sparsity: share of the weights that are not zero yet that is set to zero, those of smallest magnitude
-            in the whole network; channels, biases and norms stay. The next four have no meaning then.
+            in the whole network; channels, biases and norms stay. The next six have no meaning then.
         criterion: `l1` (Li et al. 2017), `group_norm` (L2 norm of the whole coupled group), `bn_scale` (Liu
             et al. 2017; layers without BatchNorm by `l1`).
         ranking: `uniform`: every layer loses the same share; `global`: layers compete.
         scope: `interior` keeps the interface of every block, so that its features can still be compared with
             the teacher's; `all` prunes those channels too.
         round_to: channels left are a multiple of it, for speed; layers not larger than it are left alone.
+        init: `inherit`: the channels that are left keep their weights; `least_squares`: the pruned blocks are
+            solved in closed form to give the features they had (`pbkd.students.initialize`), on `init_images`
+            training images; which channels stay is then its choice, how many of each layer is not.
         recalibrate_images: training images on which BatchNorm statistics are estimated anew; 0: none.
     """
 
@@ -51,6 +55,8 @@ class Prune(Stage):
     ranking: Literal["uniform", "global"] = "uniform"
     scope: Literal["interior", "all"] = "interior"
     round_to: PositiveInt = 8
+    init: Literal["inherit", "least_squares"] = "inherit"
+    init_images: PositiveInt = 512
     recalibrate_images: NonNegativeInt = 512
 
     @model_validator(mode="after")
@@ -60,17 +66,23 @@ class Prune(Stage):
                 "give one of ratio (share of channels removed), macs (share of MACs left) and sparsity "
                 "(share of single weights set to zero)"
             )
-        of_channels = ("criterion", "ranking", "scope", "round_to")
+        of_channels = ("criterion", "ranking", "scope", "round_to", "init", "init_images")
         fields = type(self).model_fields
         if self.sparsity is not None and any(getattr(self, n) != fields[n].default for n in of_channels):
             raise ValueError(f"sparsity sets single weights to zero; leave out {', '.join(of_channels)}")
+        if self.init == "least_squares" and self.scope == "all":
+            raise ValueError(
+                "init=least_squares fits the features that blocks had, but scope=all changes their channels; "
+                "prune with scope=interior"
+            )
         if self.recalibrate_images == 1:
             raise ValueError("recalibrate_images is 0 or at least 2: one image has no variance")
         return self
 
     def smoke(self) -> Self:
         """Few images."""
-        return self.model_copy(update={"recalibrate_images": min(self.recalibrate_images, 32)})
+        images = {name: min(getattr(self, name), 32) for name in ("init_images", "recalibrate_images")}
+        return self.model_copy(update=images)
 
     def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
         """The pruned architecture, where it does not depend on the weights."""
@@ -95,6 +107,8 @@ class Prune(Stage):
         if self.sparsity is None:
             self._check(given.spec)
             network = self._pruned(given.cpu())
+            if self.init == "least_squares":
+                solve_blocks(network, given, context.images(self.init_images).cpu(), context.seed)
         else:
             network = copy.deepcopy(given.cpu())
             zero_smallest(network, self.sparsity)
@@ -198,6 +212,15 @@ class Prune(Stage):
                 scores = BNScaleImportance(normalizer=None)(group)
                 scores = by_filter(group) if scores is None else scores
         return cast(Tensor, scores).detach()
+
+
+@torch.no_grad()
+def solve_blocks(network: BlockNetwork, given: BlockNetwork, images: Tensor, seed: int) -> None:
+    """Solve the blocks of `network`, in place, one after the other, for those of `given`, on `images`."""
+    mine, others = network.stem(images), given.stem(images)
+    for block, old, pool in zip(network.blocks, given.blocks, given.poolings, strict=True):
+        initialize_least_squares(block, old, mine, others, seed)
+        mine, others = pool(block(mine)), pool(old(others))
 
 
 @torch.no_grad()

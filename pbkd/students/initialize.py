@@ -58,7 +58,8 @@ def initialize_least_squares(
     """Solve the student block's weights in closed form, in place, so that it gives the teacher's feature.
 
     Args:
-        student: the student block; what is not solved (its shortcuts) is copied from the teacher.
+        student: the student block, or the teacher's block with fewer channels inside; what is not solved (its
+            shortcuts) is copied from the teacher.
         teacher: the block it replaces, in eval mode.
         student_input: (N, C, H, W), what the student block gets from the student prefix.
         teacher_input: (N, C, H, W), what the block gets in the original teacher, for the same images.
@@ -73,8 +74,11 @@ def initialize_least_squares(
         if isinstance(teacher_unit, Residual):
             sums = teacher_unit.branch(teacher_input) + teacher_unit.shortcut(teacher_input)
             target = sums - cast(Residual, student_unit).shortcut(student_input)
-        else:
+        elif len(path_of(student_unit)) > len(path_of(teacher_unit)):  # behind a 1x1 convolution of its own
             target = teacher_unit(teacher_input)
+        else:
+            *before, last = path_of(teacher_unit)
+            target = _without_relu(last, nn.Sequential(*before)(teacher_input))
         _solve_path(
             path_of(student_unit),
             path_of(teacher_unit),
@@ -96,7 +100,7 @@ def _solve_path(
     seed: int,
     ridge: float,
 ) -> None:
-    """Solve the layers of one path; the last, a 1x1 convolution, against `target`."""
+    """Solve the layers of one path; the last one, which restores the channels, against `target`."""
     *layers, projection = student
     for position, (new, old) in enumerate(zip(layers, teacher, strict=False)):
         if new is layers[-1] and not hasattr(new, "relu"):

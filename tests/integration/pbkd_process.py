@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,9 @@ ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "integration" / "small.yaml"
 SECONDS = 150.0  # no single step of a test may take longer, on a busy machine either
 MARK = "PBKD_TEST_MARK"
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and what they start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Pbkd:

@@ -118,6 +118,18 @@ def test_removing_dead_channels_changes_nothing() -> None:
     torch.testing.assert_close(prune(network, ratio=0.5)(x), network(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", SPECS)
+def test_solved_blocks_are_nearer_to_what_they_were(kind: str) -> None:
+    network, images = network_of(kind), torch.randn(64, *SPECS[kind].input_shape)
+    inherited = prune(network, ratio=0.5)
+    solved = prune(network, ratio=0.5, init="least_squares", init_images=100)
+    assert solved.spec == inherited.spec
+    check(solved)
+    wanted = network.features(images)
+    far, near = ((pruned.features(images) - wanted).norm() for pruned in (inherited, solved))
+    assert near < 0.8 * far
+
+
 def test_student_blocks_can_be_pruned_as_planned() -> None:
     spec = SPECS["basic_a"]
     for index, block in enumerate(spec.blocks):
