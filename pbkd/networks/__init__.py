@@ -2,7 +2,7 @@
 
 from pbkd.networks.block_network import BlockNetwork, build_block, fold_norms, on_meta, spec_of
 from pbkd.networks.cost import cost_of
-from pbkd.networks.features import FeatureNetwork, Features, feature_sizes
+from pbkd.networks.features import FeatureNetwork, Features, feature_shapes
 from pbkd.networks.spec import BlockSpec, ConvSpec, NetworkSpec
 from pbkd.networks.weights import fresh, initialize_fresh, load_weights, maskable_weights, weights_digest
 from pbkd.networks.zoo import NetworkSettings, architecture
@@ -18,7 +18,7 @@ __all__ = [
     "architecture",
     "build_block",
     "cost_of",
-    "feature_sizes",
+    "feature_shapes",
     "fold_norms",
     "fresh",
     "initialize_fresh",

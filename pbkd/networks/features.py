@@ -46,9 +46,9 @@ class FeatureNetwork(nn.Module):
 
 
 @lru_cache(maxsize=1024)
-def feature_sizes(spec: NetworkSpec) -> tuple[tuple[int, int], ...]:
-    """(height, width) of the feature of each block, from the spec alone."""
+def feature_shapes(spec: NetworkSpec) -> tuple[tuple[int, int, int], ...]:
+    """(channels, height, width) of the feature of each block, from the spec alone."""
     with torch.no_grad():
         images = torch.empty(1, *spec.input_shape, device="meta")
         features: Features = FeatureNetwork(on_meta(spec).eval())(images)
-    return tuple((feature.shape[2], feature.shape[3]) for feature in features.blocks)
+    return tuple((feature.shape[1], feature.shape[2], feature.shape[3]) for feature in features.blocks)

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from pbkd.data import DataInfo
 from pbkd.engine import Mask, Task
 from pbkd.errors import UserError
-from pbkd.networks import BlockNetwork, FeatureNetwork, Features, NetworkSpec, feature_sizes, fresh
-from pbkd.objectives import angle_relation, attention, distance_relation, hinton
+from pbkd.networks import BlockNetwork, FeatureNetwork, Features, NetworkSpec, feature_shapes, fresh
+from pbkd.objectives import angle_relation, attention, distance_relation, hinton, local_feature
 from pbkd.stages.base import Context, Role, TrainingStage, start_of
 
 Weight = Annotated[float, Field(ge=0.0)]
@@ -29,6 +30,8 @@ class Distill(TrainingStage):
     Attributes:
         alpha: weight a of the soft targets, in [0, 1].
         temperature: T.
+        feature_weight: of the blocks' features: the mean over blocks of L_local in its `relative` unit
+            (`pbkd.objectives.local_feature`), each network fed by its own blocks; ours.
         attention_weight: of the attention maps of all blocks (`pbkd.objectives.attention`).
         distance_weight, angle_weight: of the relations between the samples' penultimate features
             (`pbkd.objectives.relational`).
@@ -39,6 +42,7 @@ class Distill(TrainingStage):
     kind: Literal["distill"] = "distill"
     alpha: float = Field(default=0.9, ge=0.0, le=1.0)
     temperature: float = Field(default=4.0, gt=0.0)
+    feature_weight: Weight = 0.0
     attention_weight: Weight = 0.0
     distance_weight: Weight = 0.0
     angle_weight: Weight = 0.0
@@ -56,24 +60,26 @@ class Distill(TrainingStage):
         spec = start_of(inputs, info, "the network to distill into")
         if "teacher" not in inputs:
             raise UserError("distill: the recipe's teacher is made from this stage; name another as teacher")
-        if self.compares_features():
-            own, others = feature_sizes(spec), feature_sizes(inputs["teacher"])
-            if own != others:
+        for name, first in (("feature_weight", 0), ("attention_weight", 1)):  # attention sums over channels
+            if not getattr(self, name):
+                continue
+            own, others = feature_shapes(spec), feature_shapes(inputs["teacher"])
+            if [shape[first:] for shape in own] != [shape[first:] for shape in others]:
                 raise UserError(
-                    f"attention_weight: the blocks of {spec.arch} give features of {_sizes(own)}, those of "
-                    f"the teacher {_sizes(others)}; only equal ones compare: set attention_weight=0"
+                    f"{name}: the blocks of {spec.arch} give features of {_shapes(own)}, those of "
+                    f"the teacher {_shapes(others)}; only equal ones compare: set {name}=0"
                 )
         return spec
 
     def compares_features(self) -> bool:
-        """The attention maps of blocks."""
-        return self.attention_weight > 0
+        """The blocks' features or attention maps."""
+        return self.feature_weight > 0 or self.attention_weight > 0
 
     def run(self, context: Context) -> BlockNetwork:
         """Train every layer against the teacher."""
         given, teacher = context.inputs["from"], context.inputs["teacher"]
         network = copy.deepcopy(given) if self.weights == "keep" else fresh(given.spec, context.seed)
-        if self.attention_weight or self.distance_weight or self.angle_weight:
+        if self.feature_weight or self.attention_weight or self.distance_weight or self.angle_weight:
             task = Task(FeatureNetwork(network), self._with_features, teacher=FeatureNetwork(teacher))
         else:
             task = Task(network, self._soft_targets, teacher=teacher)
@@ -90,6 +96,11 @@ class Distill(TrainingStage):
     ) -> dict[str, Tensor]:
         soft = hinton(output.logits, target.logits, labels, self.alpha, self.temperature)
         losses = {"loss": soft, "soft_loss": soft}
+        if self.feature_weight:
+            pairs = list(zip(output.blocks, target.blocks, strict=True))
+            local = torch.stack([local_feature(mine, theirs, "relative") for mine, theirs in pairs])
+            losses["feature_loss"] = local.mean(0)
+            losses["loss"] = losses["loss"] + self.feature_weight * losses["feature_loss"]
         if self.attention_weight:
             losses["attention_loss"] = attention(output.blocks, target.blocks)
             losses["loss"] = losses["loss"] + self.attention_weight * losses["attention_loss"]
@@ -102,5 +113,5 @@ class Distill(TrainingStage):
         return losses
 
 
-def _sizes(sizes: tuple[tuple[int, int], ...]) -> str:
-    return ", ".join(f"{height}x{width}" for height, width in sizes)
+def _shapes(shapes: tuple[tuple[int, int, int], ...]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)

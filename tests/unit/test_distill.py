@@ -33,7 +33,7 @@ def distill(precision: Precision | None = None, **settings: Any) -> tuple[str, d
     "precision", [Precision(), Precision(precision="bf16", channels_last=True)], ids=["fp32", "bf16"]
 )
 def test_every_term_is_reported_and_weighted(precision: Precision) -> None:
-    weights = {"attention_weight": 1000, "distance_weight": 25, "angle_weight": 50}
+    weights = {"feature_weight": 20, "attention_weight": 1000, "distance_weight": 25, "angle_weight": 50}
     digest, row = distill(precision, alpha=0.5, **weights)
     terms = sum(
         weight * row[f"train_{name.removesuffix('_weight')}_loss"] for name, weight in weights.items()
@@ -51,10 +51,14 @@ def test_features_that_are_not_asked_for_change_nothing() -> None:
     assert nearly == digest, "the same training, through a network that gives its features"
 
 
-def test_maps_of_different_sizes_are_refused() -> None:
-    attention = Distill(epochs=1, attention_weight=1000)
-    with pytest.raises(UserError, match=r"give features of 8x8, 4x4, 2x2, those of the teacher 8x8, 4x4"):
+def test_features_of_different_shapes_are_refused() -> None:
+    attention, features = Distill(epochs=1, attention_weight=1000), Distill(epochs=1, feature_weight=20)
+    with pytest.raises(UserError, match=r"attention_weight: .* features of 4x8x8, 8x4x4, 16x2x2, those of"):
         attention.plan({"from": RESNET, "teacher": small_vgg(norm=True)}, info)
+    wider = small_resnet(base_width=8)
+    assert attention.plan({"from": RESNET, "teacher": wider}, info) == RESNET
+    with pytest.raises(UserError, match=r"feature_weight: .* those of the teacher 8x8x8, 16x4x4, 32x2x2"):
+        features.plan({"from": RESNET, "teacher": wider}, info)
     relations = Distill(epochs=1, distance_weight=25, angle_weight=50)
     assert relations.plan({"from": RESNET, "teacher": small_vgg(norm=True)}, info) == RESNET
 
@@ -64,7 +68,14 @@ def test_nobody_to_learn_from_is_refused() -> None:
         Distill(epochs=1).plan({"from": RESNET}, info)
 
 
-@pytest.mark.parametrize("stage", [Block(block=1, epochs=1), Distill(epochs=1, attention_weight=1.0)])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        Block(block=1, epochs=1),
+        Distill(epochs=1, attention_weight=1.0),
+        Distill(epochs=1, feature_weight=1.0),
+    ],
+)
 def test_features_are_not_compared_across_changed_interfaces(stage: Stage) -> None:
     kept, changed = Prune(ratio=0.5), Prune(ratio=0.5, scope="all")
     stage.check_lineage([kept, Stabilize(epochs=1)])
@@ -74,7 +85,7 @@ def test_features_are_not_compared_across_changed_interfaces(stage: Stage) -> No
         logits_alone.check_lineage([changed])
 
 
-@pytest.mark.parametrize("name", ["attention_weight", "distance_weight", "angle_weight", "temperature"])
+@pytest.mark.parametrize("name", ["feature_weight", "attention_weight", "distance_weight", "temperature"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_weights_out_of_range_are_refused(name: str, value: float) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(AnyStage)

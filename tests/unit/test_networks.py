@@ -9,7 +9,7 @@ from pbkd.networks import (
     FeatureNetwork,
     NetworkSpec,
     build_block,
-    feature_sizes,
+    feature_shapes,
     fold_norms,
     fresh,
     on_meta,
@@ -58,7 +58,7 @@ def test_features_are_those_of_the_parts(spec: NetworkSpec) -> None:
     assert torch.equal(network.classifier[-1](found.penultimate), found.logits)
     for index, feature in enumerate(found.blocks):
         assert torch.equal(feature, network.blocks[index](network.prefix(index)(x)))
-        assert tuple(feature.shape[2:]) == feature_sizes(spec)[index]
+        assert tuple(feature.shape[1:]) == feature_shapes(spec)[index]
 
 
 @every_spec

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pbkd.data import DataSettings
 from pbkd.engine import LocalSession, Precision
-from pbkd.networks import BlockNetwork, BlockSpec, ConvSpec, NetworkSpec, feature_sizes, fresh
+from pbkd.networks import BlockNetwork, BlockSpec, ConvSpec, NetworkSpec, feature_shapes, fresh
 from pbkd.networks.spec import ClassifierSpec, PlainUnit, PoolSpec
 from pbkd.stages import Context, Progressive, run_stage
 from pbkd.students import receptive_field
@@ -35,7 +35,7 @@ def networks(draw: st.DrawFn) -> NetworkSpec:
         classifier=ClassifierSpec(widths=(channels, 10)),
     )
     try:
-        feature_sizes(spec)
+        feature_shapes(spec)
     except RuntimeError:  # nothing of the image is left
         assume(False)
     return spec
@@ -76,7 +76,7 @@ def test_a_stage_replaces_its_block_and_leaves_every_other_part_bitwise(
         after = weights_of(auxiliary)
         index = block.block - 1
         assert auxiliary.spec == planned
-        assert feature_sizes(planned) == feature_sizes(spec)
+        assert feature_shapes(planned) == feature_shapes(spec)
         assert receptive_field(planned.blocks[index]) == receptive_field(spec.blocks[index])
         for part in ("classifier", *(f"blocks.{i}." for i in range(len(spec.blocks)) if i != index)):
             assert same(before, after, part), "weights and BatchNorm statistics"
