@@ -38,7 +38,8 @@ class BlockTraining(TrainingStage):
         projection_norm, projection_relu: what follows the restoring 1x1 convolution (`StudentSettings`).
         init: where the student block's weights come from (`pbkd.students.initialize`).
         init_images: training images that `least_squares` solves on.
-        local_weight: lambda of L = lambda * L_local + CE; the paper does not publish it.
+        local_weight: lambda of L = lambda * L_local + CE; the paper does not publish it. The default suits
+            `relative` at the default rate: what matters is lambda * rate, about 0.3 (docs/method.md).
         reduction: unit of L_local (`pbkd.objectives.local_feature`).
         input: what the block gets, for training and for its start: the frozen `student` blocks' features (the
             paper), or the `teacher`'s own, which makes the blocks independent of one another; what is behind
@@ -49,7 +50,7 @@ class BlockTraining(TrainingStage):
     projection_relu: bool = True
     init: Init = "least_squares"
     init_images: PositiveInt = 512
-    local_weight: float = Field(default=1.0, ge=0.0)
+    local_weight: float = Field(default=30.0, ge=0.0)
     reduction: Reduction = "relative"
     input: Literal["student", "teacher"] = "student"
 
