@@ -37,6 +37,8 @@ COLUMNS = (
     "memory_peak_mb",
 )  # fmt: skip
 SUMMARY_COLUMNS = ("recipe", "stage", "seeds", "mean", "sd", "student_minus", "low", "high")
+NO_RESULT = ("compute.executor=", "compute.concurrency=", "compute.fuse=", "data.root=", "tracking.")
+"""Overrides that change no result: they are not written into the rows."""
 STOPPED = 128 + signal.SIGINT
 
 Row = dict[str, Any]
@@ -54,7 +56,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/RECIPE.csv")
     arguments = parser.parse_intermixed_args()
     out = arguments.out or Path(__file__).parent / "results" / f"{arguments.recipe.stem}.csv"
-    overrides = " ".join(arguments.overrides)
+    overrides = " ".join(item for item in arguments.overrides if not item.startswith(NO_RESULT))
     signal.signal(signal.SIGTERM, _interrupt)
     code = 0
     for seed in range(arguments.first, arguments.first + arguments.seeds):
