@@ -18,7 +18,7 @@ import torch
 
 from pbkd import artifact
 from pbkd.data import DataSettings, open_data
-from pbkd.engine import LocalSession, Precision
+from pbkd.engine import LocalSession, Precision, keep_freed_memory
 from pbkd.errors import StageError, UserError
 from pbkd.stages import Context, Stage, StageResult, run_stage
 from pipelines.lease import Fenced, Lease
@@ -63,6 +63,7 @@ def carry_out(job: Job, rank: int = 0) -> None:
     """
     compute = job.compute
     torch.set_num_threads(compute.worker_threads)
+    keep_freed_memory()
     store = Store(job.store)
     data = None
     for item in job.stages:

@@ -1,5 +1,6 @@
 """The training loop, its settings, its resumable state, and the session through which it sees the machine."""
 
+from pbkd.engine.allocator import keep_freed_memory
 from pbkd.engine.loop import fit
 from pbkd.engine.mask import Mask
 from pbkd.engine.session import LocalSession, Session, Stopped
@@ -26,4 +27,5 @@ __all__ = [
     "TrainingSettings",
     "Watch",
     "fit",
+    "keep_freed_memory",
 ]
