@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -29,7 +30,7 @@ def data_digest(settings: DataSettings, cache: Path) -> str:
         digits = load_digits()
         return hashlib.sha256(digits.images.tobytes() + digits.labels.astype("<i8").tobytes()).hexdigest()
     if settings.name == "folder":
-        return _folder_digest(settings.data_root())
+        return folder_digest(settings.data_root())
     folder, names = CIFAR_FILES[settings.name]
     paths = [settings.data_root() / folder / name for name in names]
     if not all(path.is_file() for path in paths):
@@ -41,9 +42,11 @@ def data_digest(settings: DataSettings, cache: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _folder_digest(root: Path) -> str:
+def folder_digest(root: Path, without: Collection[str] = ()) -> str:
+    """`data_digest` of the folder `root`, as if the files `without` (relative to `root`) were not in it."""
     paths = [path for classes in list_images(root).values() for images in classes for path in images]
-    lines = sorted(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\n" for path in paths)
+    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}
+    lines = sorted(f"{name}\0{size}\n" for name, size in sizes.items() if name not in without)
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 

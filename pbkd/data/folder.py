@@ -1,6 +1,7 @@
 """Images in class folders, as ImageNet has them: listing, checks and decoding."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ from pbkd.errors import UserError
 
 _SUFFIXES = (".jpeg", ".jpg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 _LAYOUT = "expected ROOT/train/CLASS/*.JPEG and ROOT/val/CLASS/*.JPEG"
+
+
+class BrokenImageError(UserError):
+    """An image file that cannot be read; names it."""
 
 
 def list_classes(folder: Path) -> list[str]:
@@ -45,8 +50,13 @@ def list_images(root: Path) -> dict[str, list[list[Path]]]:
 
 
 def _images(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(
+            f"data.root: cannot list {folder}: {error.strerror}\ncure: make it readable, or remove it"
+        ) from None
     names = sorted(name for name in names if name.lower().endswith(_SUFFIXES))
     if not names:
         raise UserError(
@@ -57,13 +67,16 @@ def _images(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_rgb(path: Path) -> Image.Image:
+def read_rgb(path: Path, content: bytes | None = None) -> Image.Image:
     """Decode an image file to mode RGB; transparency is dropped, 16-bit grey keeps its upper byte.
 
-    Raises UserError naming the file when it cannot be read.
+    `content` is the file's, where it has been read already. Raises BrokenImageError naming the file when it
+    cannot be read, or holds numbers without a fixed range (32-bit integers, floats).
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else BytesIO(content)) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError(f"pixels of mode {image.mode} have no fixed range")
             if image.mode.startswith("I;16"):
                 # PIL would clip it at 255.
                 return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
@@ -72,8 +85,9 @@ def read_rgb(path: Path) -> Image.Image:
                 return image.convert("RGBA").convert("RGB")
             return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on broken files
-        reason = str(error).partition("\n")[0]
-        raise UserError(
+        # PIL names a stream by its address.
+        reason = str(error).partition("\n")[0].partition(" <_io.")[0]
+        raise BrokenImageError(
             f"cannot read image {path}: {type(error).__name__}: {reason}\n"
             "cure: replace the file, or remove it"
         ) from error
