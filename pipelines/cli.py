@@ -50,6 +50,9 @@ Overrides = Annotated[
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="PBKD_STORE", help="Folder of finished work.", show_default=True)
 ]
+Until = Annotated[
+    str | None, typer.Option(metavar="STAGE[,STAGE]", help="Only these stages and those they need.")
+]
 Machine = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
 
 
@@ -57,6 +60,7 @@ Machine = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
+    until: Until = None,
     store: StoreOption = DEFAULT_STORE,
     json_: Machine = False,
 ) -> None:
@@ -76,7 +80,7 @@ def run(
     try:
         loaded = load_recipe(recipe, overrides or [])
         opened = _existing(store)
-        graph = _graph(recipe, loaded, opened)
+        graph = _graph(recipe, loaded, opened, until)
         require_keys(graph)
         if opened is None:  # made only now: a mistake leaves nothing behind
             require_machine(graph.recipe.compute)
@@ -104,6 +108,7 @@ def run(
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
+    until: Until = None,
     store: StoreOption = DEFAULT_STORE,
     json_: Machine = False,
 ) -> None:
@@ -113,7 +118,7 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"download": False})})
     opened = _existing(store)
-    graph = _graph(recipe, loaded, opened)
+    graph = _graph(recipe, loaded, opened, until)
     rows = _plan_rows(graph, opened)
     if json_:
         typer.echo(json.dumps({"recipe": loaded.name, "stages": rows}))
@@ -249,13 +254,14 @@ def _required(path: Path) -> Store:
     return store
 
 
-def _graph(path: Path, recipe: Recipe, store: Store | None) -> Graph:
+def _graph(path: Path, recipe: Recipe, store: Store | None, until: str | None = None) -> Graph:
     from pbkd.errors import UserError
     from pipelines.graph import build_graph
 
     with tempfile.TemporaryDirectory() as cache:
         try:
-            return build_graph(recipe, store, store.root / "cache" if store else Path(cache))
+            graph = build_graph(recipe, store, store.root / "cache" if store else Path(cache))
+            return graph if until is None else graph.until(until.split(","))
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,30 @@ class Graph:
     def key_inputs(self, node: Node) -> list[Input]:
         """The inputs of `node` by key."""
         return [Input(role=role, key=self.nodes[name].key or "") for role, name in node.inputs]
+
+    def until(self, names: Sequence[str]) -> Graph:
+        """What leads to the stages `names`; if the student is not in it, the last of them is the student.
+
+        Raises:
+            UserError: there is no such stage.
+        """
+        wanted = []
+        for name in names:
+            members = [other for other in self.nodes if other == name or _group(other, ()) == name]
+            if not members:
+                raise UserError(f"--until: there is no stage '{name}'{suggest(name, list(self.nodes))}")
+            wanted.append(members[-1])
+        kept: set[str] = set()
+        pending = [self.teacher, *wanted]
+        while pending:
+            kept.add(name := pending.pop())
+            pending += [other for _, other in self.nodes[name].inputs if other not in kept]
+        return replace(
+            self,
+            nodes={name: node for name, node in self.nodes.items() if name in kept},
+            student=self.student if self.student in kept else wanted[-1],
+            baselines=tuple(name for name in self.baselines if name in kept),
+        )
 
     def role(self, name: str) -> str:
         """What the stage is to the recipe: `teacher`, `student`, `baseline` or `stage`."""

@@ -43,6 +43,20 @@ def test_a_member_of_a_progressive_stage_can_be_named_and_the_group_stands_for_i
     assert (graph.student, graph.baselines) == ("b.1", ("b.3",))
 
 
+def test_until_keeps_what_a_stage_needs_and_its_key(tmp_path: Path) -> None:
+    stages = {"t": TEACHER, "b": BLOCKS, "d": DISTILL, "s": DISTILL | {"from": "b.1"}, "e": DISTILL}
+    whole = graph_of(tmp_path, stages, baselines=["s"])
+    part = whole.until(["d"])
+    assert list(part.nodes) == ["t", "b.1", "b.2", "b.3", "d"]
+    assert all(part.nodes[name] == whole.nodes[name] for name in part.nodes)
+    assert (part.student, part.baselines) == ("d", ())
+    assert list(whole.until(["s", "b"]).nodes) == ["t", "b.1", "b.2", "b.3", "s"]
+    assert whole.until(["b", "s"]).baselines == ("s",)
+    assert whole.until(["e"]).student == "e"
+    with pytest.raises(UserError, match="--until: there is no stage 'f'"):
+        whole.until(["f"])
+
+
 @pytest.mark.parametrize(
     ("order", "expected"),
     [
