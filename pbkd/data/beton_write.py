@@ -96,9 +96,7 @@ class _Preparation:
     ) -> None:
         name = data.name
         if name == "digits":
-            raise UserError(
-                "digits: they are read into memory at once\ncure: use them without a beton"
-            )
+            raise UserError("digits: they are read into memory at once\ncure: use them without a beton")
         data = data.model_copy(update={"val_fraction": 0.0, "limit": None})
         with tempfile.TemporaryDirectory() as cache:
             self._digest = data_digest(data, Path(cache))
