@@ -2,16 +2,18 @@
 #   make demo    compress a network, from nothing to the result table
 #   make test    every check
 # Both install first, into .venv; nothing outside this folder is touched, except that root on Debian gets python3-venv
-# when it is missing. `make setup PYTHON=/path/to/python3` chooses the interpreter.
+# when it is missing, and what FFCV is built from (make ffcv, a part of make test). `make setup PYTHON=/path/to/python3` chooses the interpreter.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup ffcv demo test lint clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+FFCV := .venv/.ffcv
+FFCV_PACKAGES := g++ pkg-config libturbojpeg0-dev libopencv-dev
 PYTHON ?=
 RECIPE := pipelines/recipes/digits.yaml
 
@@ -66,6 +68,30 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 	echo "setup: done; start with .venv/bin/pbkd --help"
 
+# FFCV reads data at full speed. It is built here, in a minute or two; root on Debian gets the packages that takes.
+ffcv: $(FFCV)
+
+$(FFCV): $(STAMP)
+	@buildable() { command -v g++ >/dev/null && pkg-config --exists opencv4 libturbojpeg 2>/dev/null; }
+	if ! buildable && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+	    echo "ffcv: installing Debian's $(FFCV_PACKAGES)"
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	        $(FFCV_PACKAGES); } >.venv/apt.log 2>&1 || tail -n 5 .venv/apt.log >&2
+	fi
+	if ! buildable; then
+	    echo "ffcv: its system packages are missing, and are installed only by root on Debian or Ubuntu:" >&2
+	    echo "      sudo apt-get install --no-install-recommends $(FFCV_PACKAGES); then: make ffcv" >&2
+	    exit 1
+	fi
+	echo "ffcv: building FFCV"
+	if ! $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[ffcv]' >.venv/ffcv.log 2>&1 ||
+	    ! $(BIN)/python -c 'import ffcv' >>.venv/ffcv.log 2>&1; then
+	    tail -n 20 .venv/ffcv.log >&2
+	    echo "ffcv: the build failed; all it said is in .venv/ffcv.log" >&2
+	    exit 1
+	fi
+	touch $@
+
 demo: setup
 	@$(BIN)/pbkd run $(RECIPE)
 
@@ -76,8 +102,10 @@ lint: setup
 	step mypy
 	step lint-imports --no-logo
 
+# Without FFCV its tests are skipped, which pytest says once more at the end.
 test: lint
-	@echo "== pytest"
+	@$(MAKE) --no-print-directory ffcv || echo "WARNING: no FFCV, so its tests will be SKIPPED; the reason stands above" >&2
+	echo "== pytest"
 	$(BIN)/pytest || { echo "FAILED: pytest" >&2; exit 1; }
 
 # What can be made again; finished stages in runs/ are work done and stay.
