@@ -162,7 +162,7 @@ class Driver:
             )
             for node in chain
         )
-        return Job(self._store.root, recipe.data, data_digest, recipe.compute, stages)
+        return Job(self._store.root, self._graph.data, data_digest, recipe.compute, stages)
 
     def _wait(self) -> None:
         """Let a moment pass, or a job end; then see what has come of it."""

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pbkd import artifact
-from pbkd.data import READER_VERSION, DataInfo, data_digest
+from pbkd.data import READER_VERSION, DataInfo, DataSettings, data_digest, resolve_loader
 from pbkd.engine import ENGINE_VERSION
 from pbkd.errors import UserError
 from pbkd.measure import Cost
 from pbkd.networks import NetworkSpec, cost_of
 from pbkd.stages import Block, Distill, Load, Progressive, Stage, Unplanned
-from pipelines.recipe import Recipe, suggest
+from pipelines.recipe import Compute, Recipe, suggest
 from pipelines.store import Input, Manifest, Store
 
 KEY_VERSION = 1
@@ -63,10 +63,12 @@ class Node:
 class Graph:
     """All stages of a recipe, each after those it depends on.
 
-    `data_digest` is None, and `missing_data` the user's message, where the data are not.
+    `data` are the recipe's, with `loader` as it is taken here. `data_digest` is None, and `missing_data` the
+    user's message, where the data, or betons that are asked for, are not.
     """
 
     recipe: Recipe
+    data: DataSettings
     info: DataInfo
     nodes: dict[str, Node]
     teacher: str
@@ -128,6 +130,7 @@ def build_graph(recipe: Recipe, store: Store | None, cache: Path) -> Graph:
         builder.add(name, links[name])
     return Graph(
         recipe=recipe,
+        data=builder.data,
         info=builder.info,
         nodes=builder.nodes,
         teacher=builder.node("teacher", recipe.teacher).name,
@@ -224,17 +227,21 @@ class _Builder:
     """Adds the stages of a recipe one by one, each after those it needs.
 
     Attributes:
+        data: the recipe's, with `loader` resolved.
         info: the data's.
         digest, missing_data: of the data, or why there is none.
         nodes: so far.
     """
 
     def __init__(self, recipe: Recipe, store: Store | None, cache: Path) -> None:
+        self.data = recipe.data
         self.info = recipe.data.describe()
         self.digest: str | None = None
         self.missing_data: str | None = None
         try:
-            self.digest = data_digest(recipe.data, cache)
+            digest = data_digest(recipe.data, cache)
+            self.data = resolve_loader(recipe.data, digest)
+            self.digest = digest
         except UserError as error:
             self.missing_data = str(error)
         self.nodes: dict[str, Node] = {}
@@ -320,7 +327,7 @@ class _Builder:
             semantic = stage.semantic()
         except UserError as error:
             return None, str(error)
-        return stage_key(stage, semantic, inputs, self._recipe, self.digest, seed), None
+        return stage_key(stage, semantic, inputs, self.data, self._recipe.compute, self.digest, seed), None
 
     def _spec(
         self, name: str, stage: Stage, inputs: Mapping[str, Node]
@@ -348,7 +355,8 @@ def stage_key(
     stage: Stage,
     semantic: Mapping[str, Any],
     inputs: Mapping[str, Node],
-    recipe: Recipe,
+    data: DataSettings,
+    compute: Compute,
     digest: str,
     seed: int,
 ) -> str:
@@ -362,12 +370,12 @@ def stage_key(
         "settings": semantic,
         "inputs": {role: node.key for role, node in sorted(inputs.items())},
         "data_digest": digest,
-        "data": recipe.data.semantic(),
+        "data": data.semantic(),
         "seed": seed,
-        "precision": recipe.compute.precision,
-        "channels_last": recipe.compute.channels_last,
-        "world_size": recipe.compute.workers,
-        "threads": recipe.compute.worker_threads,
+        "precision": compute.precision,
+        "channels_last": compute.channels_last,
+        "world_size": compute.workers,
+        "threads": compute.worker_threads,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

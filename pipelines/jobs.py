@@ -42,7 +42,10 @@ class StageJob:
 
 @dataclass(frozen=True)
 class Job:
-    """All that the workers need to know; picklable, and the same for every rank."""
+    """All that the workers need to know; picklable, and the same for every rank.
+
+    The loader in `data` is `ffcv` or `torch`: the driver has chosen for all of them.
+    """
 
     store: Path
     data: DataSettings
@@ -72,7 +75,7 @@ def carry_out(job: Job, rank: int = 0) -> None:
         if not item.lease.is_current() or (store.work(item.key) / FAILURE).exists():
             return  # an earlier attempt, or another rank in it, gave up
         try:
-            data = data or open_data(job.data)
+            data = data or open_data(job.data, job.data_digest)
             session = LocalSession(
                 store.work(item.key), _device(compute), rank, compute.workers, compute.checkpoint_seconds
             )
@@ -131,6 +134,7 @@ def _publish(store: Store, job: Job, item: StageJob, result: StageResult, second
             "world_size": job.compute.workers,
             "threads": job.compute.worker_threads,
             "batch_size": job.data.batch_size,
+            "data_loader": job.data.loader,
         },
         artifact=saved.digest,
         digest=saved.weights_digest,

@@ -1,5 +1,5 @@
-"""Random and fixed views of images: crop, flip and shift of uint8 batches; resized and centre crops of PIL
-images."""
+"""Random and fixed views of images: where they are (crops, flips, boxes), and how they look in uint8 batches
+and PIL images. Both readers take the first from here."""
 
 import math
 
@@ -11,11 +11,34 @@ from PIL import Image
 from pbkd.data.draws import below, draw, unit
 
 _FLIP, _TOP, _LEFT = 1, 2, 3
+_CUT_TOP, _CUT_LEFT = 4, 5
 _ATTEMPTS = 10
 _FIRST_ATTEMPT = 4  # attempt a draws area, ratio, top, left as the numbers 4 + 4a … 7 + 4a
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels, as PIL takes it."""
+
+
+def crop_offsets(keys: NDArray[np.uint64], padding: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Top and left, (N,) each, of a window of an image's size in the image padded by `padding` pixels."""
+    bound = 2 * padding + 1
+    return below(draw(keys, _TOP), bound), below(draw(keys, _LEFT), bound)
+
+
+def flips(keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which of N images are mirrored left to right: half of them."""
+    return below(draw(keys, _FLIP), 2).astype(bool)
+
+
+def cutout_boxes(keys: NDArray[np.uint64], side: int) -> NDArray[np.int64]:
+    """The part of each image that is cut out, (N, 4): top, left, bottom, right in pixels.
+
+    A square of half the side whose centre is anywhere in the image, clipped at its borders (DeVries and
+    Taylor 2017).
+    """
+    first = np.stack([below(draw(keys, _CUT_TOP), side), below(draw(keys, _CUT_LEFT), side)], axis=1)
+    first -= side // 4
+    return np.concatenate([first, first + side // 2], axis=1).clip(0, side)
 
 
 def random_crop(images: NDArray[np.uint8], keys: NDArray[np.uint64], padding: int) -> NDArray[np.uint8]:
@@ -24,16 +47,25 @@ def random_crop(images: NDArray[np.uint8], keys: NDArray[np.uint64], padding: in
     canvas = np.zeros((count, channels, height + 2 * padding, width + 2 * padding), np.uint8)
     canvas[:, :, padding : padding + height, padding : padding + width] = images
     windows = sliding_window_view(canvas, (height, width), axis=(2, 3))
-    top = below(draw(keys, _TOP), 2 * padding + 1)
-    left = below(draw(keys, _LEFT), 2 * padding + 1)
+    top, left = crop_offsets(keys, padding)
     cropped: NDArray[np.uint8] = windows[np.arange(count), :, top, left]
     return cropped
 
 
 def random_flip(images: NDArray[np.uint8], keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
     """Half of the images of (N, C, H, W) mirrored left to right, in place; returns `images`."""
-    chosen = below(draw(keys, _FLIP), 2).astype(bool)
+    chosen = flips(keys)
     images[chosen] = images[chosen][..., ::-1]
+    return images
+
+
+def cut_out(
+    images: NDArray[np.uint8], keys: NDArray[np.uint64], fill: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """A random part of each image of (N, C, S, S) replaced by `fill` (C,), in place; returns `images`."""
+    boxes = cutout_boxes(keys, images.shape[-1]).tolist()
+    for image, (top, left, bottom, right) in zip(images, boxes, strict=True):
+        image[:, top:bottom, left:right] = fill[:, None, None]
     return images
 
 
@@ -62,19 +94,28 @@ def resized_crop_box(width: int, height: int, numbers: list[float]) -> Box:
     return left, top, left + w, top + h
 
 
+def is_flipped(numbers: list[float]) -> bool:
+    """Whether the view that a row of `draw_views` describes is mirrored left to right."""
+    return numbers[_FLIP] >= 0.5
+
+
 def resized_crop_flip(image: Image.Image, size: int, numbers: list[float]) -> Image.Image:
     """A random part of `image` scaled to size x size, and half of them mirrored."""
     image = image.crop(resized_crop_box(*image.size, numbers)).resize((size, size), Image.Resampling.BILINEAR)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if numbers[_FLIP] >= 0.5 else image
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped(numbers) else image
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side scaled to size * 256/224, then the central size x size: the usual view for
-    evaluation."""
-    width, height = image.size
+def centre_view(width: int, height: int, size: int) -> tuple[tuple[int, int], Box]:
+    """Width and height to which an image is scaled, so that its shorter side is size * 256/224, and the
+    central size x size of that: the usual view for evaluation."""
     shorter = round(size * 256 / 224)
     scale = shorter / min(width, height)
     width, height = max(shorter, int(width * scale)), max(shorter, int(height * scale))
     left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return image.crop((left, top, left + size, top + size))
+    return (width, height), (left, top, left + size, top + size)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """The `centre_view` of `image`."""
+    scaled, box = centre_view(*image.size, size)
+    return image.resize(scaled, Image.Resampling.BILINEAR).crop(box)

@@ -4,7 +4,7 @@ import fcntl
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,15 +44,27 @@ class Files:
     labels: NDArray[np.int64]
 
 
+class Source(Protocol):
+    """Where samples come from: `Arrays`, `Files`, or a beton."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The label of every sample, (N,)."""
+
+
+SourceT = TypeVar("SourceT", bound=Source)
+SourceT_co = TypeVar("SourceT_co", bound=Source, covariant=True)
+
+
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[SourceT_co]):
     """Samples `indices` (M,) of `source`, in the split's fixed order."""
 
-    source: Arrays | Files
+    source: SourceT_co
     indices: NDArray[np.int64]
 
 
-def load_splits(settings: DataSettings) -> dict[str, Split]:
+def load_splits(settings: DataSettings) -> dict[str, Split[Arrays | Files]]:
     """The splits `train`, `val` and `test`. Raises UserError with the cure when the data are missing or
     damaged."""
     if settings.name == "digits":
@@ -60,16 +72,26 @@ def load_splits(settings: DataSettings) -> dict[str, Split]:
         order = _fixed_order(len(digits.labels))
         bounds = [_DIGITS_TRAIN, _DIGITS_TRAIN + _DIGITS_VAL]
         parts = dict(zip(("train", "val", "test"), np.split(order, bounds), strict=True))
-        splits = {name: Split(digits, indices) for name, indices in parts.items()}
-    else:
-        train, test = _load_folder(settings) if settings.name == "folder" else _load_cifar(settings)
-        order = _fixed_order(len(train.labels))
-        kept = len(order) - round(len(order) * settings.val_fraction)
-        splits = {
-            "train": Split(train, order[:kept]),
-            "val": Split(train, order[kept:]),
-            "test": Split(test, _fixed_order(len(test.labels))),
-        }
+        splits: dict[str, Split[Arrays | Files]] = {}
+        splits |= {name: Split(digits, indices) for name, indices in parts.items()}
+        return _limited(settings, splits)
+    train, test = _load_folder(settings) if settings.name == "folder" else _load_cifar(settings)
+    return divided(settings, train, test)
+
+
+def divided(settings: DataSettings, train: SourceT, test: SourceT) -> dict[str, Split[SourceT]]:
+    """The splits `train`, `val` and `test` of a data set that comes in two parts."""
+    order = _fixed_order(len(train.labels))
+    kept = len(order) - round(len(order) * settings.val_fraction)
+    splits = {
+        "train": Split(train, order[:kept]),
+        "val": Split(train, order[kept:]),
+        "test": Split(test, _fixed_order(len(test.labels))),
+    }
+    return _limited(settings, splits)
+
+
+def _limited(settings: DataSettings, splits: dict[str, Split[SourceT]]) -> dict[str, Split[SourceT]]:
     return {name: Split(split.source, split.indices[: settings.limit]) for name, split in splits.items()}
 
 

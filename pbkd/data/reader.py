@@ -1,14 +1,16 @@
 """The reader: batches as a pure function of (seed, epoch, batch), the same for every world size."""
 
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pbkd.data.datasets import Arrays, Split, load_splits
+from pbkd.data.beton_reader import Beton, beton_splits, read_beton
+from pbkd.data.datasets import Arrays, Files, Source, Split, load_splits
 from pbkd.data.draws import shuffled
+from pbkd.data.loader import resolve_loader
 from pbkd.data.pixels import Indices, Views, read_arrays, read_files
 from pbkd.data.settings import Augmentation, DataInfo, DataSettings
 from pbkd.errors import UserError
@@ -31,7 +33,7 @@ class Reader:
 
     def __init__(
         self,
-        split: Split,
+        split: Split[Source],
         info: DataInfo,
         *,
         batch_size: int,
@@ -60,6 +62,7 @@ class Reader:
         mean, std = (
             torch.tensor(row, dtype=torch.float64).view(1, -1, 1, 1) for row in (info.mean, info.std)
         )
+        self._fill = (255 * mean).round().to(torch.uint8).flatten().numpy()
         self._scale = (1 / (255 * std)).to(device, torch.float32)
         self._shift = (-mean / std).to(device, torch.float32)
         self._epoch = 0
@@ -107,12 +110,15 @@ class Reader:
 
     def _batches(self, epoch: int, first: int) -> Generator[Batch]:
         source = self._split.source
-        views = Views(self._augmentation, self._seed, epoch)
+        views = Views(self._augmentation, self._seed, epoch, self._side, self._fill)
         shares = self._shares(epoch, first)
         if isinstance(source, Arrays):
             batches = read_arrays(source, views, shares)
+        elif isinstance(source, Beton):
+            batches = read_beton(source, views, self._workers, shares)
         else:
-            batches = read_files(source, views, self._side, self._workers, shares)
+            assert isinstance(source, Files)
+            batches = read_files(source, views, self._workers, shares)
         for pixels, indices in batches:
             yield self._on_device(pixels, self._labels[torch.from_numpy(indices)])
 
@@ -139,7 +145,7 @@ class Reader:
 class Data:
     """An open data set: `info`, `settings`, `sizes` ({"train", "val", "test"} -> samples) and readers."""
 
-    def __init__(self, settings: DataSettings, splits: dict[str, Split], info: DataInfo) -> None:
+    def __init__(self, settings: DataSettings, splits: Mapping[str, Split[Source]], info: DataInfo) -> None:
         """See `open_data`."""
         self.settings = settings
         self.info = info
@@ -190,10 +196,16 @@ class Data:
         )
 
 
-def open_data(settings: DataSettings) -> Data:
-    """Open the data set: CIFAR and digits are read into memory, a folder is listed and checked.
+def open_data(settings: DataSettings, digest: str | None = None) -> Data:
+    """Open the data set by the loader that `settings` name; `Data.settings` has the one that `auto` took.
+
+    With `torch`, CIFAR and digits are read into memory, a folder is listed and checked; with `ffcv`, the
+    betons are opened and checked. `digest` is `data_digest` of the data, for callers who know it.
 
     Raises UserError with the cure when data are missing or damaged. Images of a folder are decoded when a
     reader needs them; an unreadable one raises UserError there.
     """
+    settings = resolve_loader(settings, digest)
+    if settings.loader == "ffcv":
+        return Data(settings, beton_splits(settings), settings.describe())
     return Data(settings, load_splits(settings), settings.describe())

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pbkd.data.beton import default_folder, read_manifest
 from pbkd.data.folder import list_classes
 from pbkd.errors import UserError
 
@@ -13,7 +14,7 @@ READER_VERSION = 1
 """Raised by hand when the same settings, seed and data begin to give other numbers; part of every stage
 key."""
 
-Augmentation = Literal["none", "crop_flip", "shift", "resized_crop_flip"]
+Augmentation = Literal["none", "crop_flip", "crop_flip_cutout", "shift", "resized_crop_flip"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,17 @@ class DataSettings(BaseModel):
     val_fraction: share of the training set kept for selection (0: no validation split). Digits are split into
       700 / 97 / 1000 samples whatever it says.
     augment: `auto` is `crop_flip` (4 zero pixels) for CIFAR, `shift` (1 pixel, no flip) for digits and
-      `resized_crop_flip` for a folder.
+      `resized_crop_flip` for a folder. `crop_flip_cutout` also replaces a random square of half the side by
+      the mean colour.
     image_size: side in pixels of a folder's images (default 224); the others have their own.
     num_classes: of a folder, when it is not on this machine.
     mean, std: per channel, of pixels in [0, 1]; default: the data set's usual ones.
     limit: only the first so many samples of each split, for smoke runs.
-    workers: threads that decode a folder's images; does not change the results.
-    loader: `torch` is the only one so far, and what `auto` takes.
+    workers: threads that read images (of a folder, or of betons by FFCV); does not change the results.
+    loader: `ffcv` reads betons, `torch` the data themselves; `auto` is `ffcv` where it is installed and there
+      are betons of these data. CIFAR gives the same numbers by both; a folder's images are decoded and scaled
+      otherwise.
+    beton: folder of the betons that `pbkd data prepare` wrote; default: ROOT/beton/NAME.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,26 +83,29 @@ class DataSettings(BaseModel):
     batch_size: int = Field(default=128, ge=1)
     eval_batch_size: int = Field(default=500, ge=1)
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
-    augment: Literal["auto", "none", "crop_flip", "shift", "resized_crop_flip"] = "auto"
+    augment: Literal["auto"] | Augmentation = "auto"
     image_size: int | None = Field(default=None, ge=8)
     num_classes: int | None = Field(default=None, ge=2)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     limit: int | None = Field(default=None, ge=2)
     workers: int = Field(default=2, ge=1)
-    loader: Literal["auto", "torch"] = "auto"
+    loader: Literal["auto", "ffcv", "torch"] = "auto"
+    beton: Path | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         native = _IN_MEMORY.get(self.name)
         if native is None:
-            if self.augment in ("crop_flip", "shift"):
+            if self.augment in ("crop_flip", "crop_flip_cutout", "shift"):
                 raise ValueError(f"augment={self.augment}: a folder has resized_crop_flip or none")
             if self.download:
                 raise ValueError("download=true works for cifar10 and cifar100; a folder is never fetched")
         else:
             if self.augment == "resized_crop_flip":
-                raise ValueError(f"augment=resized_crop_flip: {self.name} has crop_flip, shift or none")
+                raise ValueError(
+                    f"augment=resized_crop_flip: {self.name} has crop_flip, crop_flip_cutout, shift or none"
+                )
             side = native.input_shape[1]
             if self.image_size not in (None, side):
                 raise ValueError(f"image_size={self.image_size}: {self.name} has {side}; leave it out")
@@ -105,6 +113,8 @@ class DataSettings(BaseModel):
                 raise ValueError(
                     f"num_classes={self.num_classes}: {self.name} has {native.num_classes}; leave it out"
                 )
+        if self.name == "digits" and (self.loader == "ffcv" or self.beton is not None):
+            raise ValueError("loader=ffcv and beton: digits are in memory; leave both out")
         channels = 3 if native is None else native.input_shape[0]
         for key, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != channels:
@@ -126,6 +136,12 @@ class DataSettings(BaseModel):
             raise UserError(f"data.root is not set, and {self.name} is read from disk\ncure: data.root=DIR")
         return self.root.expanduser()
 
+    def beton_paths(self) -> tuple[Path, Path]:
+        """The betons of the training and the test part. Raises UserError when neither `beton` nor `root` is
+        set."""
+        folder = self.beton.expanduser() if self.beton else default_folder(self.data_root(), self.name)
+        return folder / "train.beton", folder / "test.beton"
+
     def describe(self) -> DataInfo:
         """Input shape, classes and normalization; reads no data.
 
@@ -144,7 +160,8 @@ class DataSettings(BaseModel):
         """What changes the numbers, resolved and ready for JSON: these settings' part of a stage key.
 
         Not in it: where the data lie and how fast they are read (root, download, workers, eval_batch_size,
-        loader), and `num_classes`, which the data themselves determine.
+        beton), and `num_classes`, which the data themselves determine. With `loader` resolved to `ffcv`, a
+        folder has how its betons store the images; raises UserError when they are gone.
         """
         native = _IN_MEMORY.get(self.name)
         mean, std = (native.mean, native.std) if native else _IMAGENET_STATISTICS
@@ -160,6 +177,8 @@ class DataSettings(BaseModel):
             result["val_fraction"] = self.val_fraction
         if native is None:
             result["image_size"] = self.image_size or _FOLDER_SIDE
+            if self.loader == "ffcv":
+                result["betons"] = [read_manifest(path).settings.model_dump() for path in self.beton_paths()]
         return result
 
     def _count_classes(self) -> int:

@@ -8,6 +8,8 @@ from PIL import Image
 
 from pbkd.data.augment import (
     centre_crop,
+    cut_out,
+    cutout_boxes,
     draw_views,
     random_crop,
     random_flip,
@@ -93,3 +95,17 @@ def test_a_centre_crop_equals_torchvision_s(size):
     image = Image.fromarray(random_images(size[1], size[0], 3))
     expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(image)
     assert np.array_equal(centre_crop(image, 56), expected)
+
+
+def test_a_cutout_is_half_the_side_around_any_pixel_and_clipped():
+    images = random_images(3000, 3, 32, 32)
+    keys = sample_keys(0, 0, np.arange(3000))
+    fill = np.array([0, 0, 0], np.uint8)  # which no pixel has
+    boxes = cutout_boxes(keys, 32)
+    holes = cut_out(images, keys, fill) == 0
+    for hole, (top, left, bottom, right) in zip(holes, boxes, strict=True):
+        assert hole[:, top:bottom, left:right].all() and hole.sum() == 3 * (bottom - top) * (right - left)
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    assert sizes.min() == 8 and sizes.max() == 16
+    starts = boxes[:, 0]
+    assert abs((starts == 0).mean() - 9 / 32) < 0.03 and set(starts) == set(range(24))
