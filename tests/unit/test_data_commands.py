@@ -1,0 +1,165 @@
+"""`pbkd data` as it is typed: its output, its exit codes, and what a full disk and a killed process leave."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import main
+from tests.unit.image_folders import picture, save_folder
+
+ROOT = Path(__file__).parents[2]
+COMPLETE = ["test.beton", "test.beton.json", "train.beton", "train.beton.json"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return save_folder(tmp_path / "images")
+
+
+@pytest.fixture(autouse=True)
+def _same_signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "import sys; from pipelines.cli import main; sys.exit(main())", *arguments]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_prepare_and_verify_tell_machines_what_there_is(root: Path, capfd: pytest.CaptureFixture[str]):
+    assert main(["data", "prepare", str(root), "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    folder = root / "beton" / "folder"
+    assert report["out"] == str(folder)
+    assert names(folder) == COMPLETE
+    assert [row["state"] for row in report["betons"]] == ["written", "written"]
+    assert report["betons"][0]["manifest"]["settings"]["mode"] == "jpeg"
+    assert main(["data", "prepare", str(root), "--json"]) == 0
+    assert [row["state"] for row in json.loads(capfd.readouterr().out)["betons"]] == ["kept", "kept"]
+    assert main(["data", "verify", str(folder), "--full", "--json"]) == 0
+    rows = json.loads(capfd.readouterr().out)["betons"]
+    assert [(row["path"], row["full"]) for row in rows] == [
+        (str(folder / name), True) for name in ("test.beton", "train.beton")
+    ]
+    assert rows[0]["manifest"] == json.loads((folder / "test.beton.json").read_text())
+
+
+def test_people_see_lines_without_a_terminal(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    out = tmp_path / "out"
+    assert main(["data", "prepare", str(root), "--out", str(out), "--mode", "raw"]) == 0
+    told = capfd.readouterr()
+    assert "train: 18 of 18 images" in told.err
+    assert f"{out / 'test.beton'}: 9 samples, 17 MB, written" in told.out
+    assert main(["data", "verify", str(out / "train.beton")]) == 0
+    assert "18 samples, sound; --full checks the images too" in capfd.readouterr().out
+
+
+def test_skipped_images_are_told(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    (root / "train" / "cat" / "00.JPEG").write_bytes(b"")
+    assert main(["data", "prepare", str(root), "--out", str(tmp_path / "out"), "--skip-broken"]) == 0
+    assert "left out 1 broken images, listed in the manifests: train/cat/00.JPEG" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["prepare", "cifar10"], "--root is missing"),
+        (
+            ["prepare", "cifar10", "--root", "."],
+            "cure: --root DIR with the folder that holds it, or --download",
+        ),
+        (["prepare", "nowhere"], "nowhere: there is no such folder"),
+        (["prepare", "."], "cure: pbkd data prepare ROOT"),
+        (["prepare", ".", "--root", "."], "--root and --download are for cifar10 and cifar100"),
+        (["prepare", ".", "--quality", "101"], "--quality"),
+        (["verify", "."], "holds no beton"),
+        (["verify", "train.beton"], "train.beton: there is no such file"),
+    ],
+)
+def test_mistakes_exit_with_2_and_name_the_cure(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", *arguments]) == 2
+    assert expected in capfd.readouterr().err
+    assert names(tmp_path) == []
+
+
+def test_verify_finds_a_beton_whose_file_is_gone(
+    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    main(["data", "prepare", str(root), "--out", str(out)])
+    (out / "train.beton").unlink()
+    assert main(["data", "verify", str(out)]) == 2
+    assert f"{out / 'train.beton'}: cannot be read" in capfd.readouterr().err
+
+
+def test_a_full_disk_is_told_and_nothing_is_left_on_it(root: Path, tmp_path: Path):
+    picture(0, 1000, 1000).save(root / "train" / "cat" / "99.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    limit = 10_000_000  # bytes, of a file of this process: the first page fits, the second does not
+    ended = subprocess.run(
+        command("data", "prepare", str(root), "--mode", "raw", "--out", str(out)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert ended.returncode == 2, ended.stderr
+    assert f"{out / 'train.beton'}: the disk is full" in " ".join(ended.stderr.split())
+    assert names(out) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small disk")
+def test_a_small_disk_that_is_full_stays_empty(root: Path, tmp_path: Path):
+    picture(0, 1000, 1000).save(root / "train" / "cat" / "99.png")
+    out = tmp_path / "disk"
+    out.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        assert main(["data", "prepare", str(root), "--mode", "raw", "--out", str(out)]) == 2
+        assert names(out) == []
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+def test_a_killed_writer_leaves_no_beton_and_the_same_command_finishes(root: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    pipe = root / "val" / "cat" / "05.png"
+    os.mkfifo(pipe)  # an image that is not there yet: its reader waits, and so does this test for its reader
+    arguments = command("data", "prepare", str(root), "--out", str(out), "--json")
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with pipe.open("wb"):
+        process.kill()
+        process.wait()
+    assert names(out) == ["test.beton.partial", "train.beton", "train.beton.json"]
+    pipe.unlink()
+    assert main(["data", "prepare", str(root), "--out", str(out)]) == 0
+    assert names(out) == COMPLETE
