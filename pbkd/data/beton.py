@@ -126,11 +126,13 @@ def find_intact(path: Path, settings: BetonSettings, expect_digest: str) -> Beto
     no byte of it has changed since."""
     try:
         manifest = open_checked(path, expect_digest)
+        if manifest.settings != settings:
+            return None
         with _opened(path) as file:
             _check_content(path, file, manifest)
     except UserError:
         return None
-    return manifest if manifest.settings == settings else None
+    return manifest
 
 
 def verify(

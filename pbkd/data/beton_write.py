@@ -118,16 +118,15 @@ class _Preparation:
 
     def _prepare(self, path: Path, split: SplitName) -> Prepared:
         began = time.monotonic()
-        partial = path.with_name(path.name + ".partial")
-        partial.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f"{path.name}*.partial"):  # of one that was killed
+            leftover.unlink()
         manifest = find_intact(path, self._settings, self._source_digest())
         written = manifest is None
         if manifest is None:
+            partial = path.with_name(path.name + ".partial")
             try:
                 manifest = self._write(partial, split)
-                manifest_path(path).unlink(missing_ok=True)  # never a manifest beside another's file
-                partial.replace(path)
-                _publish(manifest, path)
+                _publish(manifest, path, partial)
             except OSError as error:
                 raise _cannot_write(path, error) from error
             finally:
@@ -225,20 +224,19 @@ def write_beton(file: BinaryIO, samples: Iterable[tuple[Stored, int]], at_most: 
     """
     position = aligned(SAMPLES_AT + at_most * SAMPLE.itemsize)
     file.seek(position)
-    rows, places = [], []
-    for index, (stored, label) in enumerate(samples):
+    rows, places = np.zeros(at_most, SAMPLE), np.zeros(at_most, ALLOCATION)  # zeros between the columns too
+    count = 0
+    for stored, label in samples:
         size = len(stored.content)
         if position // PAGE_SIZE != (position + size - 1) // PAGE_SIZE:
             position = aligned(position)
             file.seek(position)
         file.write(stored.content)
-        rows.append((stored.mode, stored.width, stored.height, position, label))
-        places.append((index, position, size))
+        rows[count] = (stored.mode, stored.width, stored.height, position, label)
+        places[count] = (count, position, size)
         position += size
-    table = np.zeros(len(rows), SAMPLE)  # zeros between the columns too: the same samples give the same bytes
-    for name, column in zip(SAMPLE.names or (), zip(*rows, strict=True), strict=True):
-        table[name] = column
-    tables = Tables(table, np.array(places, ALLOCATION))
+        count += 1
+    tables = Tables(rows[:count], places[:count])
     file.seek(tables.allocations_at)
     file.write(tables.allocations.tobytes())
     file.seek(0)
@@ -277,18 +275,23 @@ def _sole_writer(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _publish(manifest: BetonManifest, path: Path) -> None:
-    """Write the manifest of `path` at once or not at all; without one the beton goes too."""
+def _publish(manifest: BetonManifest, path: Path, partial: Path | None = None) -> None:
+    """Put the manifest of `path` in its place, after the beton `partial` if that is given.
+
+    Nothing but renaming is left to do when the first of the two appears.
+    """
     place = manifest_path(path)
-    partial = place.with_name(place.name + ".partial")
+    staged = place.with_name(place.name + ".partial")
     try:
-        partial.write_text(manifest.model_dump_json(indent=1) + "\n")
-        partial.replace(place)
-    except BaseException:
-        path.unlink()
-        raise
+        staged.write_text(manifest.model_dump_json(indent=1) + "\n")
+        if partial is not None:
+            place.unlink(missing_ok=True)  # never a manifest beside another's file
+            partial.replace(path)
+        staged.replace(place)
+    except OSError as error:
+        raise _cannot_write(place, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
 
 
 def _is_broken(path: Path) -> bool:
