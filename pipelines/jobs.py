@@ -77,7 +77,12 @@ def carry_out(job: Job, rank: int = 0) -> None:
         try:
             data = data or open_data(job.data, job.data_digest)
             session = LocalSession(
-                store.work(item.key), _device(compute), rank, compute.workers, compute.checkpoint_seconds
+                store.work(item.key),
+                _device(compute),
+                rank,
+                compute.workers,
+                compute.checkpoint_seconds,
+                checkpoint_steps=compute.checkpoint_steps,
             )
             started = time.monotonic()
             inputs = {given.role: artifact.load(_artifact_of(store, given.key)) for given in item.inputs}

@@ -38,7 +38,8 @@ class Compute(Precision):
         fuse: give a chain of stages to one job; `auto`: those shorter than the start of a job.
         concurrency: jobs at the same time; `auto`: as many as the cores hold.
         max_failures: how often a job may lose a worker and go on.
-        checkpoint_seconds: time between checkpoints.
+        checkpoint_seconds: time between checkpoints of a training.
+        checkpoint_steps: optimizer steps between them; whichever comes first. null: time alone decides.
         measure_compiled: measure latency by torch.compile too, about half a minute for each architecture.
     """
 
@@ -50,6 +51,7 @@ class Compute(Precision):
     concurrency: PositiveInt | Literal["auto"] = "auto"
     max_failures: NonNegativeInt = 3
     checkpoint_seconds: PositiveFloat = 60.0
+    checkpoint_steps: PositiveInt | None = None
     measure_compiled: bool = False
 
     @property

@@ -1,11 +1,12 @@
 """The training loop, its settings, its resumable state, and the session through which it sees the machine."""
 
 from pbkd.engine.allocator import keep_freed_memory
+from pbkd.engine.checkpoints import CheckpointFolder
 from pbkd.engine.loop import fit
 from pbkd.engine.mask import Mask
 from pbkd.engine.session import LocalSession, Session, Stopped
 from pbkd.engine.settings import OptimizerSettings, Precision, TrainingSettings
-from pbkd.engine.state import CheckpointFolder, Row, State
+from pbkd.engine.state import Row, State
 from pbkd.engine.task import Task
 from pbkd.engine.watch import Watch
 

@@ -45,6 +45,7 @@ def fit(
         UserError: a mask would come into force after the last step.
         StageError: the loss or a weight is not finite; names the step. The checkpoints before it are kept.
         Stopped: the session asked for it; the state is saved.
+        OSError: a checkpoint could not be written; those before it are kept.
     """
     steps_per_epoch = len(reader)
     steps = settings.total_steps(steps_per_epoch)
@@ -54,25 +55,29 @@ def fit(
         raise UserError(f"rewind={task.mask.from_step}: the training is over after {steps} steps; lower it")
     training = _Training(task, settings.optimizer, session, precision or Precision(), seed)
     training.restore()
-    while training.step < steps and not (ended is not None and ended(training.history)):
-        epoch, batch = divmod(training.step, steps_per_epoch)
-        reader.set_epoch(epoch)
-        reader.resume_at(batch)
-        for images, labels in reader:
-            if session.due():
-                training.save()
-            if session.should_stop():
-                training.save()
-                raise Stopped(f"stopped at step {training.step} of {steps}")
-            count = reader.global_count(training.step - epoch * steps_per_epoch)
-            training.take_step(images, labels, count, settings.optimizer.rate(training.step, steps))
-            if training.step == steps:
-                break
-        *between, row = training.end_epoch(steps_per_epoch)
-        if validate is not None:
-            row.update(validate())
-        training.history += [*between, row]
-        session.report(row)
+    try:
+        while training.step < steps and not (ended is not None and ended(training.history)):
+            epoch, batch = divmod(training.step, steps_per_epoch)
+            reader.set_epoch(epoch)
+            reader.resume_at(batch)
+            for images, labels in reader:
+                if session.due(training.step):
+                    training.save()
+                if session.should_stop():
+                    training.save()
+                    raise Stopped(f"stopped at step {training.step} of {steps}")
+                count = reader.global_count(training.step - epoch * steps_per_epoch)
+                training.take_step(images, labels, count, settings.optimizer.rate(training.step, steps))
+                if training.step == steps:
+                    break
+            *between, row = training.end_epoch(steps_per_epoch)
+            if validate is not None:
+                row.update(validate())
+            training.history += [*between, row]
+            session.report(row)
+        training.save()  # killed in the evaluation that follows, the stage repeats no step
+    finally:
+        session.commit()
     training.finish()
     return training.history
 
@@ -126,6 +131,7 @@ class _Training:
                 }
             if self.record is not None:
                 self.record.restore(state.numbers["record"])
+        self._require_one_step()
         self.norms = {
             name: module
             for name, module in self.trained.named_modules()
@@ -133,6 +139,13 @@ class _Training:
         }
         self.wrapped = _data_parallel(self.trained, self.session)
         self.trained.train(self.task.training_mode)
+
+    def _require_one_step(self) -> None:
+        """Fail if the ranks read different checkpoints, as a network file system may show them."""
+        steps = torch.tensor([self.step, -self.step], device=self.device)
+        last, first = self.session.max(steps).tolist()
+        if last != -first:
+            raise RuntimeError(f"the ranks found checkpoints of different steps, {-first} and {last}")
 
     def save(self) -> None:
         """Hand the state to the session."""

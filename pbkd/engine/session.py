@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pbkd.engine.state import CheckpointFolder, Row, State
+from pbkd.engine.checkpoints import CheckpointFolder, CheckpointWriter
+from pbkd.engine.state import Row, State
 
 
 class Session(Protocol):
@@ -24,11 +25,14 @@ class Session(Protocol):
     def report(self, row: Row) -> None:
         """Tell the outside about an epoch."""
 
-    def due(self) -> bool:
-        """Whether it is time for a checkpoint."""
+    def due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint, before step `step`."""
 
     def save(self, state: State) -> None:
-        """Keep `state`; only rank 0 writes."""
+        """Begin to keep `state`, without waiting; only rank 0 writes."""
+
+    def commit(self) -> None:
+        """Wait until what was saved is safe. Raises OSError if it could not be written."""
 
     def restore(self) -> State | None:
         """The newest good state, or None."""
@@ -56,6 +60,7 @@ class LocalSession:
         rank: of this process.
         world_size: number of ranks; above 1, `torch.distributed` must be initialized.
         checkpoint_seconds: time between checkpoints.
+        checkpoint_steps: optimizer steps between them; whichever comes first. None: time alone decides.
         should_stop: asked at every step.
     """
 
@@ -67,11 +72,14 @@ class LocalSession:
         world_size: int = 1,
         checkpoint_seconds: float = 60.0,
         should_stop: Callable[[], bool] = lambda: False,
+        checkpoint_steps: int | None = None,
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._checkpoints = CheckpointFolder(folder) if folder else None
+        self._writer = CheckpointWriter(self._checkpoints) if self._checkpoints else None
         self._progress = folder / "progress.jsonl" if folder else None
-        self._interval, self._last_save = checkpoint_seconds, time.monotonic()
+        self._seconds, self._steps = checkpoint_seconds, checkpoint_steps
+        self._saved_at, self._saved_step = time.monotonic(), 0
         self._should_stop = should_stop
 
     def report(self, row: Row) -> None:
@@ -81,19 +89,30 @@ class LocalSession:
             with self._progress.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def due(self) -> bool:
-        """Whether `checkpoint_seconds` have passed since the last checkpoint."""
-        return self._checkpoints is not None and time.monotonic() - self._last_save >= self._interval
+    def due(self, step: int) -> bool:
+        """Whether enough seconds or steps have passed since the last checkpoint (rank 0)."""
+        if self._checkpoints is None or self.rank != 0:
+            return False
+        if self._steps is not None and step - self._saved_step >= self._steps:
+            return True
+        return time.monotonic() - self._saved_at >= self._seconds
 
     def save(self, state: State) -> None:
-        """Write a checkpoint (rank 0)."""
-        if self.rank == 0 and self._checkpoints is not None:
-            self._checkpoints.save(state)
-        self._last_save = time.monotonic()
+        """Begin to write a checkpoint (rank 0), when the one before it is written."""
+        if self.rank == 0 and self._writer is not None:
+            self._writer.save(state)
+        self._saved_at, self._saved_step = time.monotonic(), state.step
+
+    def commit(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        if self._writer is not None:
+            self._writer.wait()
 
     def restore(self) -> State | None:
-        """The newest good checkpoint."""
-        return self._checkpoints.restore() if self._checkpoints is not None else None
+        """The newest sound checkpoint; rank 0 warns of the others."""
+        state = self._checkpoints.restore(warn=self.rank == 0) if self._checkpoints is not None else None
+        self._saved_step = state.step if state is not None else 0
+        return state
 
     def should_stop(self) -> bool:
         """Whether the run has been asked to end."""

@@ -1,13 +1,14 @@
 """Checkpoints: everything comes back, and a damaged one is never believed."""
 
 import logging
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from pbkd.engine import CheckpointFolder, OptimizerSettings, State
+from pbkd.engine import CheckpointFolder, LocalSession, OptimizerSettings, State
 from pbkd.engine.state import apply, capture
 
 
@@ -58,17 +59,94 @@ def test_a_damaged_newest_is_passed_over_with_a_warning(
         found = folder.restore()
     assert found is not None
     assert found.step == 1
-    assert "step-000000002 is damaged" in caplog.text
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "step-000000002 is damaged" in warning and "goes on from step 1" in warning
+    folder.save(state(1))
+    folder.save(state(2))
+    found = folder.restore()
+    assert found is not None and found.step == 2
 
 
-def test_a_crash_while_writing_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_sound_one_is_not_given_up_for_a_later_one_that_is_damaged(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2, 9):
+        folder.save(state(step))
+    (tmp_path / "step-000000009" / "state.json").write_text("")
+    folder.save(state(3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000003"]
+
+
+def test_with_all_damaged_it_begins_again_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        folder.save(state(step))
+        (tmp_path / f"step-00000000{step}" / "state.json").write_text("[]")
+    with caplog.at_level(logging.WARNING):
+        assert folder.restore() is None
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "step-000000001 is damaged" in warning and "begins again" in warning
+
+
+class Trap:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, sprung: Path) -> None:
+        self.sprung = sprung
+
+    def __reduce__(self) -> object:
+        return Path.touch, (self.sprung,)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_a_pickle_planted_as_a_checkpoint_is_not_unpickled(tmp_path: Path, name: str) -> None:
+    folder, sprung = CheckpointFolder(tmp_path / "work"), tmp_path / "sprung"
+    folder.save(state(1))
+    folder.save(state(2))
+    (folder.folder / "step-000000002" / name).write_bytes(pickle.dumps(Trap(sprung)))
+    torch.save({"w": Trap(sprung)}, folder.folder / "step-000000001" / name)
+    assert folder.restore() is None
+    assert not sprung.exists()
+
+
+def test_a_crash_while_writing_leaves_the_one_before_and_is_cleaned_up(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     folder.save(state(1))
-    (tmp_path / ".partial-1-2").mkdir()
-    (tmp_path / ".partial-1-2" / "state.safetensors").write_bytes(b"half")
+    (tmp_path / ".partial-1").mkdir()
+    (tmp_path / ".partial-1" / "state.safetensors").write_bytes(b"half")
     found = folder.restore()
     assert found is not None
     assert found.step == 1
+    folder.save(state(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000001", "step-000000002"]
+
+
+def test_what_cannot_be_written_is_raised_at_the_latest_by_commit(tmp_path: Path) -> None:
+    session = LocalSession(tmp_path / "work")
+    session.save(state(1))
+    session.commit()
+    (tmp_path / "work").rename(tmp_path / "before")
+    (tmp_path / "work").write_text("in the way of the folder")
+    session.save(state(2))
+    with pytest.raises((FileExistsError, NotADirectoryError)):
+        session.commit()
+    session.commit()
+    found = CheckpointFolder(tmp_path / "before").restore()
+    assert found is not None and found.step == 1
+
+
+def test_a_checkpoint_is_due_after_its_steps_or_its_seconds(tmp_path: Path) -> None:
+    by_steps = LocalSession(tmp_path, checkpoint_steps=3)
+    assert [by_steps.due(step) for step in range(4)] == [False, False, False, True]
+    by_steps.save(state(3))
+    by_steps.commit()
+    assert [by_steps.due(step) for step in (3, 5, 6)] == [False, False, True]
+    resumed = LocalSession(tmp_path, checkpoint_steps=3)
+    resumed.restore()
+    assert [resumed.due(step) for step in (3, 5, 6)] == [False, False, True]
+    assert LocalSession(tmp_path, checkpoint_seconds=0.0).due(0)
+    assert not LocalSession(checkpoint_seconds=0.0).due(0), "nowhere to keep it"
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
