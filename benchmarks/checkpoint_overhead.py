@@ -4,8 +4,8 @@
 
 Trains in turns without checkpoints and with one every few steps, in one process, and divides what the latter
 takes longer by the number of its checkpoints. They follow so closely that the training has to wait for large
-ones, as it need not at the default interval: an upper bound. Writes medians, and their share of the default interval
-(`compute.checkpoint_seconds`), to benchmarks/results/checkpoint_overhead.csv.
+ones, as it need not at the default interval: an upper bound. Writes medians, and their share of the default
+interval (`compute.checkpoint_seconds`), to benchmarks/results/checkpoint_overhead.csv.
 """
 
 from __future__ import annotations
