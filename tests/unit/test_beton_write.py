@@ -1,6 +1,7 @@
 """Writing betons: the samples in their order, every kind of image, and nothing left of what fails."""
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pbkd.data import DataSettings, data_digest
 from pbkd.data.beton import BetonSettings, open_checked, verify
 from pbkd.data.beton_format import JPEG, PAGE_SIZE, RAW, read_tables
 from pbkd.data.beton_samples import encoder
-from pbkd.data.beton_write import Prepared, checked_labels, prepare
+from pbkd.data.beton_write import Prepared, checked_labels, prepare, write_beton
 from pbkd.data.datasets import Arrays, Files, load_splits
 from pbkd.data.folder import read_rgb
 from pbkd.errors import UserError
@@ -185,6 +186,29 @@ def test_arrays_are_stored_height_by_width_by_channel():
     for wrong in (images.astype(np.float32), images[:, :1], np.concatenate([images, images[:, :1]], axis=1)):
         with pytest.raises(UserError, match="uint8 of shape"):
             encoder(Arrays(wrong, np.zeros(4, np.int64)), RAW_PIXELS)
+
+
+def test_a_raw_beton_has_the_bytes_it_always_had(tmp_path: Path):
+    images = np.arange(5 * 3 * 4 * 6, dtype=np.uint8).reshape(5, 3, 4, 6)
+    encode = encoder(Arrays(images, np.arange(5)), RAW_PIXELS)
+    with (tmp_path / "train.beton").open("wb") as file:
+        write_beton(file, ((encode(i), i) for i in range(5)), 5)
+    found = hashlib.sha256((tmp_path / "train.beton").read_bytes()).hexdigest()
+    assert found == "9fffdcaf3081038c284d90a3baa0f5021a4ffa53a9b1424d5e8caf7e683e3bcc"
+
+
+@pytest.mark.data
+@pytest.mark.skipif("PBKD_DATA" not in os.environ, reason="PBKD_DATA does not name a folder with CIFAR-10")
+def test_cifar_is_written_in_the_order_of_its_arrays(out: Path):
+    data = DataSettings(name="cifar10", root=Path(os.environ["PBKD_DATA"]))
+    train, test = prepare(data, out, RAW_PIXELS, workers=2)
+    assert (train.manifest.samples, test.manifest.samples) == (50_000, 10_000)
+    arrays = load_splits(data)["test"].source
+    assert isinstance(arrays, Arrays)
+    stored = contents(test.path)
+    assert [label for _, _, label, _ in stored] == arrays.labels.tolist()
+    pixels = np.frombuffer(b"".join(content for _, content, _, _ in stored), np.uint8)
+    np.testing.assert_array_equal(pixels.reshape(-1, 32, 32, 3), arrays.images.transpose(0, 2, 3, 1))
 
 
 def test_what_is_intact_is_kept_and_what_is_not_is_written(root: Path, out: Path):
