@@ -12,6 +12,7 @@ from pbkd.data.beton import BetonSettings
 from pbkd.data.beton_format import JPEG, PAGE_SIZE, RAW
 from pbkd.data.datasets import Arrays, Files
 from pbkd.data.folder import BrokenImageError, read_rgb
+from pbkd.data.turbojpeg import complaint
 from pbkd.errors import UserError
 
 _QUALITY = 90
@@ -50,7 +51,12 @@ def encoder(source: Arrays | Files, settings: BetonSettings) -> Callable[[int], 
     )
 
 
-def _encode_file(path: Path, settings: BetonSettings) -> Stored:
+def read_sound(path: Path) -> tuple[Image.Image, bytes | None]:
+    """The image in RGB, and the file's content if that is a JPEG that every decoder takes as this image.
+
+    Raises BrokenImageError naming the file when it cannot be read, or is a JPEG with damaged data, which PIL
+    decodes to noise without a word.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -58,9 +64,19 @@ def _encode_file(path: Path, settings: BetonSettings) -> Stored:
             f"cannot read image {path}: {error.strerror}\ncure: replace the file, or remove it"
         ) from None
     image = read_rgb(path, content)
-    limit = settings.max_resolution or _LARGEST_SIDE
-    keeps = settings.mode != "raw" and settings.quality is None and max(image.size) <= limit
-    keeps = keeps and _is_plain_jpeg(content)
+    with Image.open(BytesIO(content)) as header:
+        if header.format not in ("JPEG", "MPO") or _frame_marker(content) not in _HUFFMAN_FRAMES:
+            return image, None
+        said = complaint(content, header.mode, *header.size)
+        if said and said.startswith("Corrupt JPEG data") and "extraneous" not in said:
+            raise BrokenImageError(f"damaged image {path}: {said}\ncure: replace the file, or remove it")
+        is_plain = not said and header.mode == "RGB" and JpegImagePlugin.get_sampling(header) >= 0
+        return image, content if is_plain else None
+
+
+def _encode_file(path: Path, settings: BetonSettings) -> Stored:
+    image, content = read_sound(path)
+    keeps = settings.quality is None and max(image.size) <= (settings.max_resolution or _LARGEST_SIDE)
     return _fitting(_encode(image, settings, content if keeps else None), f"image {path}")
 
 
@@ -88,13 +104,6 @@ def _fitting(stored: Stored, name: str) -> Stored:
             "cure: --max-resolution 1024, or --mode jpeg"
         )
     return stored
-
-
-def _is_plain_jpeg(content: bytes) -> bool:
-    """Whether every decoder takes it as the RGB image that PIL sees in it."""
-    with Image.open(BytesIO(content)) as image:
-        usual = image.format == "JPEG" and image.mode == "RGB" and JpegImagePlugin.get_sampling(image) >= 0
-    return usual and _frame_marker(content) in _HUFFMAN_FRAMES
 
 
 def _frame_marker(content: bytes) -> int | None:

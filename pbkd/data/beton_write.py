@@ -30,10 +30,10 @@ from pbkd.data.beton import (
     read_manifest,
 )
 from pbkd.data.beton_format import ALLOCATION, PAGE_SIZE, SAMPLE, SAMPLES_AT, Tables, aligned
-from pbkd.data.beton_samples import Stored, encoder
+from pbkd.data.beton_samples import Stored, encoder, read_sound
 from pbkd.data.datasets import Arrays, Files, load_splits
 from pbkd.data.digest import data_digest, folder_digest
-from pbkd.data.folder import BrokenImageError, list_classes, read_rgb
+from pbkd.data.folder import BrokenImageError, list_classes
 from pbkd.data.settings import DataSettings
 from pbkd.errors import UserError
 
@@ -298,7 +298,7 @@ def _is_broken(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        read_rgb(path)
+        read_sound(path)
     except BrokenImageError:
         return True
     return False

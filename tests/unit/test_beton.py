@@ -27,6 +27,8 @@ from pbkd.data.beton_write import prepare
 from pbkd.errors import UserError
 from tests.unit.image_folders import save_folder
 
+pytestmark = pytest.mark.ffcv  # for libturbojpeg, which comes with it
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:

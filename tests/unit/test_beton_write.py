@@ -22,6 +22,8 @@ from pbkd.data.folder import read_rgb
 from pbkd.errors import UserError
 from tests.unit.image_folders import CLASSES, picture, save_folder
 
+pytestmark = pytest.mark.ffcv  # for libturbojpeg, which comes with it
+
 RAW_PIXELS = BetonSettings(mode="raw")
 AS_JPEG = BetonSettings(mode="jpeg")
 
@@ -145,6 +147,9 @@ def test_a_jpeg_file_is_kept_byte_for_byte_unless_it_must_change(root: Path):
 
     assert stored(plain, AS_JPEG) == plain
     assert stored(progressive, AS_JPEG) == progressive
+    odd = plain[:-2] + bytes(30) + plain[-2:]  # bytes between the data and the end: harmless, but not clean
+    assert stored(odd, RAW_PIXELS) == stored(plain, RAW_PIXELS)
+    assert stored(odd, AS_JPEG) == stored(plain, BetonSettings(mode="jpeg", quality=90))
     assert stored(plain, BetonSettings(mode="jpeg", quality=90)) != plain
     assert stored(plain, BetonSettings(mode="jpeg", max_resolution=39)) != plain
     assert stored(plain, BetonSettings(mode="jpeg", max_resolution=40)) == plain
@@ -230,8 +235,18 @@ def test_what_is_intact_is_kept_and_what_is_not_is_written(root: Path, out: Path
     assert written() == [False, False]
 
 
+def overwritten(jpeg: bytes) -> bytes:
+    """With two bytes of its data replaced, by what no data have."""
+    place = len(jpeg) * 7 // 8
+    return jpeg[:place] + b"\xff\xd5" + jpeg[place + 2 :]
+
+
 BROKEN = {
     "truncated": encoded(picture(0, 60, 60), "JPEG")[:700],
+    "no end": encoded(picture(0, 60, 60), "JPEG")[:-40] + b"\xff\xd9",
+    "overwritten": overwritten(encoded(picture(0, 60, 60), "JPEG")),
+    "overwritten gray": overwritten(encoded(picture(0, 60, 60).convert("L"), "JPEG")),
+    "overwritten cmyk": overwritten(encoded(picture(0, 60, 60).convert("CMYK"), "JPEG")),
     "text": b"not an image",
     "empty": b"",
     "float": encoded(Image.fromarray(np.ones((8, 8), np.float32)), "TIFF"),

@@ -14,6 +14,8 @@ import pytest
 from pipelines.cli import main
 from tests.unit.image_folders import picture, save_folder
 
+pytestmark = pytest.mark.ffcv  # for libturbojpeg, which comes with it
+
 ROOT = Path(__file__).parents[2]
 COMPLETE = ["test.beton", "test.beton.json", "train.beton", "train.beton.json"]
 
