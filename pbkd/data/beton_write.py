@@ -142,7 +142,14 @@ class _Preparation:
         with partial.open("rb") as file:  # read back: what counts is what the disk gives
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = os.fstat(file.fileno()).st_size
-        names = tuple(list_classes(self._data.data_root() / "train")) if isinstance(source, Files) else None
+        names = None
+        if isinstance(source, Files):
+            root = self._data.data_root()
+            if folder_digest(root) != self._digest:
+                raise UserError(
+                    f"{root}: files changed while they were read\ncure: prepare again when none does"
+                )
+            names = tuple(list_classes(root / "train"))
         return BetonManifest(
             name=self._name,
             split=split,

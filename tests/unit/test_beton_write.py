@@ -388,6 +388,16 @@ def test_an_interruption_leaves_the_finished_split_and_no_part_of_the_other(
     assert [prepared.written for prepared in write(root, out)] == [False, True]
 
 
+def test_data_that_change_while_they_are_read_are_refused(root: Path, out: Path):
+    def add_image(split: str, done: int, count: int) -> None:
+        put(root, encoded(picture(5, 20, 20), "PNG"), "77.png")
+
+    with pytest.raises(UserError, match="changed while they were read"):
+        write(root, out, progress=add_image)
+    assert names(out) == []
+    write(root, out)
+
+
 def test_two_writers_of_one_folder_exclude_each_other(root: Path, out: Path):
     out.mkdir()
     descriptor = os.open(out, os.O_RDONLY)
