@@ -42,6 +42,7 @@ class Reader:
         world: int,
         device: torch.device,
         augmentation: Augmentation,
+        progressive: tuple[tuple[int, int], ...],
         shuffle: bool,
         channels_last: bool,
         workers: int,
@@ -56,6 +57,7 @@ class Reader:
         self._world = world
         self._device = device
         self._augmentation = augmentation
+        self._progressive = progressive
         self._shuffle = shuffle
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._workers = workers
@@ -110,7 +112,8 @@ class Reader:
 
     def _batches(self, epoch: int, first: int) -> Generator[Batch]:
         source = self._split.source
-        views = Views(self._augmentation, self._seed, epoch, self._side, self._fill)
+        side = next((side for start, side in reversed(self._progressive) if start <= epoch), self._side)
+        views = Views(self._augmentation, self._seed, epoch, side, self._fill)
         shares = self._shares(epoch, first)
         if isinstance(source, Arrays):
             batches = read_arrays(source, views, shares)
@@ -190,6 +193,7 @@ class Data:
             world=world,
             device=torch.device(device),
             augmentation=self.settings.augmentation if augment else "none",
+            progressive=self.settings.progressive if augment else (),
             shuffle=shuffle,
             channels_last=channels_last,
             workers=self.settings.workers,

@@ -65,6 +65,8 @@ class DataSettings(BaseModel):
       `resized_crop_flip` for a folder. `crop_flip_cutout` also replaces a random square of half the side by
       the mean colour.
     image_size: side in pixels of a folder's images (default 224); the others have their own.
+    progressive: progressive resizing of a folder's augmented views: pairs (epoch, side), such as
+      [[0, 160], [8, 224]] for 160 pixels in a stage's first eight epochs. The network must take every size.
     num_classes: of a folder, when it is not on this machine.
     mean, std: per channel, of pixels in [0, 1]; default: the data set's usual ones.
     limit: only the first so many samples of each split, for smoke runs.
@@ -85,6 +87,7 @@ class DataSettings(BaseModel):
     val_fraction: float = Field(default=0.1, ge=0, lt=1)
     augment: Literal["auto"] | Augmentation = "auto"
     image_size: int | None = Field(default=None, ge=8)
+    progressive: tuple[tuple[int, int], ...] = ()
     num_classes: int | None = Field(default=None, ge=2)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -109,6 +112,8 @@ class DataSettings(BaseModel):
             side = native.input_shape[1]
             if self.image_size not in (None, side):
                 raise ValueError(f"image_size={self.image_size}: {self.name} has {side}; leave it out")
+            if self.progressive:
+                raise ValueError(f"progressive: {self.name} has images of {side}; leave it out")
             if self.num_classes not in (None, native.num_classes):
                 raise ValueError(
                     f"num_classes={self.num_classes}: {self.name} has {native.num_classes}; leave it out"
@@ -121,6 +126,15 @@ class DataSettings(BaseModel):
                 raise ValueError(f"{key} has {len(values)} values; {self.name} has {channels} channels")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std={self.std}: every value must be above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _progressive_rises(self) -> Self:
+        epochs = [epoch for epoch, _ in self.progressive]
+        if epochs and (epochs[0] != 0 or epochs != sorted(set(epochs))):
+            raise ValueError(f"progressive={list(self.progressive)}: epochs must start at 0 and rise")
+        if any(side < 8 for _, side in self.progressive):
+            raise ValueError(f"progressive={list(self.progressive)}: every side must be 8 or more")
         return self
 
     @property
@@ -177,6 +191,8 @@ class DataSettings(BaseModel):
             result["val_fraction"] = self.val_fraction
         if native is None:
             result["image_size"] = self.image_size or _FOLDER_SIDE
+            if self.progressive:
+                result["progressive"] = [list(pair) for pair in self.progressive]
             if self.loader == "ffcv":
                 result["betons"] = [read_manifest(path).settings.model_dump() for path in self.beton_paths()]
         return result

@@ -182,6 +182,19 @@ def test_threads_ranks_and_position_change_no_bit(photographs: Path, options):
     assert not equal(batches(data, epoch=3, **options), whole) or "augment" not in options
 
 
+def test_progressive_resizing_is_that_of_the_torch_reader(photographs: Path):
+    progressive = ((0, 8), (2, 12))
+    found, expected = (
+        open_data(settings(photographs, progressive=progressive, loader=loader))
+        for loader in ("ffcv", "torch")
+    )
+    for epoch in (1, 2):
+        ours, theirs = (joined(*batches(data, epoch=epoch, **TRAIN))[0] for data in (found, expected))
+        assert ours.shape == theirs.shape and distance(ours, theirs) < 0.25 * distance(
+            ours, theirs.roll(1, 0)
+        )
+
+
 def test_an_evaluation_gives_every_sample_once(photographs: Path):
     data = open_data(settings(photographs))
     whole = joined(*batches(data, "test", 100))[0]

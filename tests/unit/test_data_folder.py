@@ -78,6 +78,17 @@ def test_world_size_and_resume_change_nothing(root: Path):
         assert torch.equal(labels, torch.cat([share for _, share in shares]))
 
 
+def test_progressive_resizing_changes_augmented_views_by_epoch(root: Path):
+    data = open_data(settings(root, progressive=((0, 8), (2, 12))))
+    reader = data.reader("train", 4, **TRAIN)
+    sides = []
+    for epoch in range(4):
+        reader.set_epoch(epoch)
+        sides.append(next(iter(reader))[0].shape[-1])
+    assert sides == [8, 8, 12, 12]
+    assert next(iter(data.reader("val", 4)))[0].shape[-2:] == (16, 16)
+
+
 def test_a_broken_image_is_named_and_the_threads_end(root: Path):
     broken = root / "train" / "dog" / "04.JPEG"
     broken.write_bytes(broken.read_bytes()[:200])

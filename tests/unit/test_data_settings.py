@@ -52,6 +52,13 @@ def test_a_folder_that_is_not_here_names_both_cures(tmp_path: Path):
         {"name": "folder", "augment": "crop_flip"},
         {"name": "folder", "download": True},
         {"name": "cifar10", "augment": "resized_crop_flip"},
+        {"name": "folder", "augment": "crop_flip_cutout"},
+        {"name": "digits", "loader": "ffcv"},
+        {"name": "digits", "beton": "somewhere"},
+        {"name": "cifar10", "progressive": ((0, 16),)},
+        {"name": "folder", "progressive": ((1, 160),)},
+        {"name": "folder", "progressive": ((0, 160), (8, 224), (8, 192))},
+        {"name": "folder", "progressive": ((0, 4),)},
     ],
 )
 def test_settings_that_make_no_sense_are_errors(wrong):
@@ -67,7 +74,8 @@ def test_a_stage_key_sees_only_what_changes_the_numbers(tmp_path: Path):
         download=True,
         workers=7,
         eval_batch_size=9,
-        loader="torch",
+        loader="ffcv",
+        beton=tmp_path,
         augment="crop_flip",
     )
     assert plain.semantic() == elsewhere.semantic() == json.loads(json.dumps(plain.semantic()))
@@ -81,6 +89,8 @@ def test_a_stage_key_sees_only_what_changes_the_numbers(tmp_path: Path):
     ):
         assert DataSettings(name="cifar10", **change).semantic() != plain.semantic()
     assert DataSettings(name="digits", val_fraction=0.3).semantic() == DataSettings(name="digits").semantic()
+    resized = DataSettings(name="folder", progressive=((0, 160), (8, 224))).semantic()
+    assert resized == {**DataSettings(name="folder").semantic(), "progressive": [[0, 160], [8, 224]]}
     small = DataSettings(name="folder", image_size=64).semantic()
     assert (
         small
