@@ -20,6 +20,7 @@ from pbkd import artifact
 from pbkd.data import DataSettings, open_data
 from pbkd.engine import LocalSession, Precision, keep_freed_memory
 from pbkd.errors import StageError, UserError
+from pbkd.networks import BlockNetwork
 from pbkd.stages import Context, Stage, StageResult, run_stage
 from pipelines.lease import Fenced, Lease
 from pipelines.recipe import Compute
@@ -85,7 +86,7 @@ def carry_out(job: Job, rank: int = 0) -> None:
                 checkpoint_steps=compute.checkpoint_steps,
             )
             started = time.monotonic()
-            inputs = {given.role: artifact.load(_artifact_of(store, given.key)) for given in item.inputs}
+            inputs = {given.role: _load(store, given.key) for given in item.inputs}
             precision = Precision(precision=compute.precision, channels_last=compute.channels_last)
             result = run_stage(item.stage, Context(session, inputs, data, item.seed, precision))
             if rank == 0:
@@ -115,11 +116,19 @@ def _leave_failure(work: Path, error: Exception) -> None:
     partial.replace(work / FAILURE)
 
 
-def _artifact_of(store: Store, key: str) -> Path:
+def _load(store: Store, key: str) -> BlockNetwork:
+    """The network that stage `key` made; every byte of it is checked."""
     manifest = store.manifest(key)
     if manifest is None:
         raise StageError(f"stage {key[:12]} was to be finished before those that start from it, but is not")
-    return store.artifact(manifest.artifact)
+    folder = store.artifact(manifest.artifact)
+    try:
+        if artifact.read(folder).digest != manifest.artifact:
+            raise UserError(f"{folder}: holds another network than the one it is named for")
+        return artifact.load(folder)
+    except UserError as error:
+        cure = f"rm -r {folder} {store.manifest_path(key)}"
+        raise UserError(f"{error}\nafter this, the stage that made it runs again: {cure}") from error
 
 
 def _publish(store: Store, job: Job, item: StageJob, result: StageResult, seconds: float) -> None:

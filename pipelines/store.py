@@ -8,15 +8,18 @@ import uuid
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from pbkd.errors import StageError, UserError
 from pipelines.durable import create, hex_name, replace, sync_files, sync_folder
 from pipelines.lease import Fenced, Lease
 
 SHORTEST_PREFIX = 6
+
+Hex = Annotated[str, AfterValidator(hex_name)]
+"""A stage key or digest: as the name of a file it stays in its folder."""
 
 Number = float | int | None
 Timed = dict[str, float]
@@ -29,7 +32,7 @@ class Input(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     role: str
-    key: str
+    key: Hex
 
 
 class Manifest(BaseModel):
@@ -38,15 +41,15 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: Literal[1] = 1
-    key: str
+    key: Hex
     kind: str
     settings: dict[str, Any]
     inputs: list[Input]
-    data_digest: str | None
+    data_digest: Hex | None
     seed: int
     compute: dict[str, Any]
-    artifact: str
-    digest: str
+    artifact: Hex
+    digest: Hex
     metrics: dict[str, Number]
     history: list[dict[str, Number | str]]
     seconds: float
@@ -84,18 +87,26 @@ class Store:
 
     # Manifests
 
+    def manifest_path(self, key: str) -> Path:
+        """Return where the manifest of stage `key` is, or would be."""
+        return self.root / "manifests" / f"{hex_name(key)}.json"
+
     def manifest(self, key: str) -> Manifest | None:
         """Return the manifest of stage `key`, or None if the stage is not finished."""
-        path = self._manifest_path(key)
+        path = self.manifest_path(key)
         try:
-            return Manifest.model_validate_json(path.read_bytes())
+            manifest = Manifest.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            raise UserError(
-                f"{path}: not a manifest this version of pbkd can read: {error.errors()[0]['msg']}\n"
-                "if it was damaged, delete it: the stage will run again"
+            first = error.errors()[0]
+            place = "".join(f"{part}: " for part in first["loc"])
+            raise _damaged(
+                path, f"not a manifest this version of pbkd can read: {place}{first['msg']}"
             ) from error
+        if manifest.key != key:
+            raise _damaged(path, f"the manifest of another stage, {manifest.key[:12]}")
+        return manifest
 
     def publish(self, manifest: Manifest, lease: Lease) -> None:
         """Declare the stage finished. Raises Fenced if `lease` was taken over, StageError if results differ.
@@ -109,7 +120,7 @@ class Store:
             raise Fenced(
                 f"stage {manifest.key[:12]}: another runner took over its lease; this result is dropped"
             )
-        if create(self._manifest_path(manifest.key), manifest.model_dump_json(indent=1).encode()):
+        if create(self.manifest_path(manifest.key), manifest.model_dump_json(indent=1).encode()):
             return
         present = self.manifest(manifest.key)
         if present is None or present.artifact != manifest.artifact:
@@ -236,11 +247,12 @@ class Store:
         finally:
             shutil.rmtree(folder)
 
-    def _manifest_path(self, key: str) -> Path:
-        return self.root / "manifests" / f"{hex_name(key)}.json"
-
     def _latency_path(self, network: str, machine: str) -> Path:
         return self.root / "latency" / f"{hex_name(network)}-{sha256(machine.encode()).hexdigest()[:16]}.json"
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: {what}\nif it was damaged, delete it: the stage will run again")
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -88,6 +88,17 @@ def test_a_good_run_says_a_line_for_each_stage_and_leaves_nothing_in_the_home(
     assert list(home.iterdir()) == []
 
 
+def test_the_token_of_the_cluster_is_in_no_record_and_no_log(
+    on_ray: tuple[dict[str, Any], Path, str, Path],
+) -> None:
+    report, store, err, _ = on_ray
+    token = (store / "ray-token").read_bytes()
+    assert len(token) == 64
+    assert token.decode() not in json.dumps(report) + err
+    holding = [path.name for path in store.rglob("*") if path.is_file() and token in path.read_bytes()]
+    assert holding == ["ray-token"]
+
+
 def test_the_journal_tells_all_that_happened_in_order(on_ray: tuple[dict[str, Any], Path, str, Path]) -> None:
     report, store, _, _ = on_ray
     records = journal(store)

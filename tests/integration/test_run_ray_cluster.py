@@ -46,6 +46,21 @@ def listening():
                 found.add(local.split(":")[0])
     return sorted(found)
 
+def leaks(token):
+    '''Where the token can be read by more than its owner: command lines of anybody, logs of Ray.'''
+    from ray._private.worker import _global_node
+
+    session = Path(_global_node.get_session_dir_path())
+    places = [*Path("/proc").glob("[0-9]*/cmdline"), *session.rglob("*")]
+    found = []
+    for path in places:
+        try:
+            if path.is_file() and token.encode() in path.read_bytes():
+                found.append(str(path))
+        except OSError:
+            continue
+    return found
+
 executor = RayExecutor(Compute(threads=1), Store(Path(sys.argv[1])))
 import ray  # now that its settings are made
 
@@ -53,7 +68,7 @@ try:
     address = ray.get_runtime_context().gcs_address
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     answers = [answer(address, given) for given in (None, "0" * 64, token)]
-    print(json.dumps({"answers": answers, "listening": listening()}))
+    print(json.dumps({"answers": answers, "listening": listening(), "leaks": leaks(token)}))
 finally:
     executor.close()
 """
@@ -75,6 +90,7 @@ def test_it_listens_on_loopback_and_answers_only_to_its_token(tmp_path: Path) ->
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout.splitlines()[-1])
     assert report["answers"] == ["UNAUTHENTICATED", "UNAUTHENTICATED", "OK"]
+    assert report["leaks"] == []
     assert report["listening"] != []
     assert set(report["listening"]) <= LOOPBACK
     assert (store / "ray-token").stat().st_mode & 0o777 == 0o600
