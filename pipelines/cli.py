@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pipelines.data_commands import app as data_app
+from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption
+from pipelines.store_commands import app as store_app
 
 if TYPE_CHECKING:
     from pipelines.graph import Graph
@@ -31,7 +33,6 @@ ENVIRONMENT = {
     # It reports to its makers unless told not to.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-DEFAULT_STORE = Path("runs")
 WIDTH_WITHOUT_TERMINAL = 140
 STOPPED = 128 + signal.SIGINT
 COSTS = ("params", "nonzero_params", "macs", "nonzero_macs", "macs_ratio", "memory_peak_mb")
@@ -44,19 +45,16 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(store_app, name="store")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.blocks.epochs=2."),
 ]
-StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="PBKD_STORE", help="Folder of finished work.", show_default=True)
-]
 Until = Annotated[
     str | None, typer.Option(metavar="STAGE[,STAGE]", help="Only these stages and those they need.")
 ]
-Machine = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
 
 
 @app.command(epilog="Example: pbkd run pipelines/recipes/digits.yaml seed=1")
@@ -249,12 +247,9 @@ def _existing(path: Path) -> Store | None:
 
 
 def _required(path: Path) -> Store:
-    from pbkd.errors import UserError
+    from pipelines.store import Store
 
-    store = _existing(path)
-    if store is None:
-        raise UserError(f"store {path}: there is none; run a recipe first, or name it by --store DIR")
-    return store
+    return Store.existing(path)
 
 
 def _graph(path: Path, recipe: Recipe, store: Store | None, until: str | None = None) -> Graph:

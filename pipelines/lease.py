@@ -49,9 +49,13 @@ class Owner:
         """Describe the process that calls."""
         return cls(socket.gethostname(), _process_space(), os.getpid(), _process_start(os.getpid()) or "")
 
+    def is_here(self) -> bool:
+        """True if it is, or was, a process that this one can see."""
+        return bool(self.started) and (self.host, self.space) == (socket.gethostname(), _process_space())
+
     def is_gone(self) -> bool:
         """True if the process surely ended: it lived on this machine, and no such process is there now."""
-        if not self.started or (self.host, self.space) != (socket.gethostname(), _process_space()):
+        if not self.is_here():
             return False
         started = _process_start(self.pid)
         if started is not None:
@@ -157,6 +161,8 @@ def read_newest(folder: Path) -> Generation:
         return Generation(
             max(numbers), state["token"], Owner(**state["owner"]), state["counter"], state["released"]
         )
+    except FileNotFoundError:
+        return Generation(0, released=True)  # a finished stage's, removed by `pbkd store gc` just now
     except (ValueError, KeyError, TypeError):
         return Generation(max(numbers))  # emptied by a power cut: nobody renews it, so its watchers take over
 

@@ -1,6 +1,7 @@
 """The store: manifests, artifacts, latencies, unfinished work. The one source of truth of all runs."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -8,7 +9,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
@@ -84,6 +85,13 @@ class Store:
                 f"store {self.root}: cannot be used: {error.strerror or error}\n"
                 "choose a folder you may write to, on a file system that has hard links: --store DIR"
             ) from error
+
+    @classmethod
+    def existing(cls, root: Path) -> Self:
+        """Open a store that is there already; raises UserError, and makes none, if it is not."""
+        if not (root / "manifests").is_dir():
+            raise UserError(f"store {root}: there is none; run a recipe first, or name it by --store DIR")
+        return cls(root)
 
     # Manifests
 
@@ -177,6 +185,8 @@ class Store:
                 if not place.exists():
                     raise
             sync_folder(place.parent)
+        else:
+            os.utime(place)  # it is young again, and `pbkd store gc` leaves it to this stage
         shutil.rmtree(folder, ignore_errors=True)  # equal content was first
         return place
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from pbkd.errors import StageError
 from pipelines.durable import replace
 from pipelines.journal import Journal
 from pipelines.projection import Projection
@@ -129,14 +130,24 @@ class Tracker:
             self._closing.wait(pause)
 
 
-def replay(uri: str, store: Store) -> None:
-    """Write every pipeline of the store that MLflow, which may be new or wiped, does not have in full."""
-    with tracking_lock(store):
-        client = connect(uri)
-        experiments = client.search_experiments(filter_string="tags.`pbkd.experiment` = 'true'")
-        ids = [experiment.experiment_id for experiment in experiments]
-        runs = client.search_runs(ids, "tags.`pbkd.role` = 'pipeline'", max_results=1000) if ids else []
-    complete = {run.data.tags["pbkd.pipeline"] for run in runs if run.info.status != "RUNNING"}
-    for pipeline_id in reversed(store.pipelines()):
-        if pipeline_id not in complete:
+def replay(uri: str, store: Store) -> list[str]:
+    """Write every pipeline of the store that MLflow, which may be new or wiped, does not have in full.
+
+    Returns the ids of those written. Raises StageError if MLflow cannot be written.
+    """
+    try:
+        with tracking_lock(store):
+            client = connect(uri)
+            experiments = client.search_experiments(filter_string="tags.`pbkd.experiment` = 'true'")
+            ids = [experiment.experiment_id for experiment in experiments]
+            runs = client.search_runs(ids, "tags.`pbkd.role` = 'pipeline'", max_results=1000) if ids else []
+        complete = {run.data.tags["pbkd.pipeline"] for run in runs if run.info.status != "RUNNING"}
+        missing = [name for name in reversed(store.pipelines()) if name not in complete]
+        for pipeline_id in missing:
             Tracker(uri, store, pipeline_id).project()
+    except Exception as error:  # MLflow, requests and sqlalchemy have no common base
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise StageError(
+            f"MLflow at {uri} cannot be written: {reason}\ncheck the address and the server"
+        ) from error
+    return missing

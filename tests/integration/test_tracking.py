@@ -1,5 +1,6 @@
 """MLflow is a projection of the store: the same however often, wherever and after whatever it is made."""
 
+import json
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.cli import main
 from pipelines.lease import try_acquire
 from pipelines.store import Store
 from pipelines.tracking import Tracker, connect, default_uri, read_ids, replay
@@ -144,6 +146,19 @@ def test_a_new_database_is_filled_with_the_same(store: Store, tmp_path: Path) ->
     assert runs_of(empty) == runs_of(default_uri(store)) and versions_of(empty) == versions_of(
         default_uri(store)
     )
+
+
+def test_the_command_fills_a_wiped_database_once(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    record_pipeline(store)
+    Tracker(default_uri(store), store, PIPELINE).project()
+    known = runs_of(default_uri(store))
+    empty_database(store.root / "mlflow" / "mlflow.db")
+    for written in ([PIPELINE], []):
+        assert main(["store", "replay", "--store", str(store.root), "--json"]) == 0
+        assert json.loads(capfd.readouterr().out)["pipelines"] == written
+        assert runs_of(default_uri(store)) == known
+    assert main(["store", "replay", "--store", str(store.root), "--uri", "sqlite:////proc/no/such.db"]) == 1
+    assert "cannot be written" in capfd.readouterr().err
 
 
 class FailingClient:

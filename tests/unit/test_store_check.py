@@ -1,0 +1,195 @@
+"""What is damaged is found and explained; what nothing refers to goes, and nothing else ever."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pbkd import artifact
+from pbkd.networks import fresh
+from pipelines import store_check
+from pipelines.cli import main
+from pipelines.journal import Journal
+from pipelines.lease import Owner, try_acquire
+from pipelines.store import Input, Store
+from pipelines.store_check import check, remove, unused
+from tests.unit.small_networks import small_resnet
+from tests.unit.test_store import KEY, OTHER, lease_of, manifest_of
+
+UNFINISHED, UNKNOWN = "ee" * 32, "ff" * 32
+
+
+def finish(store: Store, key: str, seed: int, inputs: list[Input]) -> Path:
+    folder = store.scratch()
+    saved = artifact.save(fresh(small_resnet(base_width=4), seed), folder)
+    place = store.add_artifact(folder, saved.digest)
+    lease = lease_of(store, key)
+    store.publish(manifest_of(key, artifact=saved.digest, digest=saved.weights_digest, inputs=inputs), lease)
+    lease.release()
+    return place
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two finished stages, one from the other, and one that was stopped."""
+    store = Store(tmp_path / "runs")
+    finish(store, OTHER, 1, [])
+    finish(store, KEY, 2, [Input(role="from", key=OTHER)])
+    journal = Journal(store.pipeline("aabbcc") / "journal.jsonl")
+    journal.append({"type": "pipeline", "id": "aabbcc", "name": "small"})
+    for key in (OTHER, KEY, UNFINISHED):
+        journal.append({"type": "started", "name": key[:2], "key": key})
+    (store.work(UNFINISHED) / "step-000000003").mkdir()
+    lease_of(store, UNFINISHED).release()
+    return store
+
+
+def age(path: Path) -> None:
+    moment = time.time() - 2 * store_check.YOUNG_SECONDS
+    os.utime(path, (moment, moment))
+
+
+def artifact_of(store: Store, key: str) -> Path:
+    manifest = store.manifest(key)
+    assert manifest is not None
+    return store.artifact(manifest.artifact)
+
+
+def damage(store: Store, full: bool = False) -> dict[str, str]:
+    """What is wrong, by path in the store."""
+    return {
+        str(finding.path.relative_to(store.root)): finding.what
+        for finding in check(store, full)
+        if finding.severity == "damage"
+    }
+
+
+def test_a_sound_store_is_sound(store: Store) -> None:
+    assert damage(store, full=True) == {}
+
+
+def test_a_flipped_byte_is_found_by_full_and_the_cure_lets_the_stage_run_again(store: Store) -> None:
+    file = artifact_of(store, KEY) / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert damage(store) == {}
+    (finding,) = (found for found in check(store, full=True) if found.severity == "damage")
+    assert finding.path == file.parent and "do not match their digest" in finding.what
+    command, *paths = finding.cure.removesuffix(" (the stage runs again)").removeprefix("rm ").split()
+    assert command == "-r" and set(map(Path, paths)) == {file.parent, store.manifest_path(KEY)}
+    for path in map(Path, paths):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert damage(store, full=True) == {}
+    assert store.manifest(KEY) is None and store.manifest(OTHER) is not None
+
+
+def test_every_kind_of_damage_is_named(store: Store) -> None:
+    made = artifact_of(store, OTHER)
+    shutil.rmtree(made)
+    (artifact_of(store, KEY) / "spec.json").write_text("{}")
+    (store.root / "manifests" / f"{UNKNOWN}.json").write_text("")
+    journal = store.root / "pipelines" / "aabbcc" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes() + b'{"type": "prog\n')
+    found = damage(store)
+    assert "is missing, but stage cdcd" in found[f"artifacts/{made.name}"]
+    assert "not a pbkd architecture spec" in found[f"artifacts/{artifact_of(store, KEY).name}"]
+    assert "not a manifest" in found[f"manifests/{UNKNOWN}.json"]
+    assert "1 of 5 lines are torn, the first is line 5" in found["pipelines/aabbcc/journal.jsonl"]
+    store.manifest_path(OTHER).unlink()
+    assert "is not in the store" in damage(store)[f"manifests/{KEY}.json"]
+
+
+def litter(store: Store) -> set[Path]:
+    """What crashes and deleted pipelines leave."""
+    orphan = store.root / "artifacts" / UNKNOWN
+    shutil.copytree(artifact_of(store, KEY), orphan)
+    scratch = store.scratch()
+    temporary = store.root / "manifests" / f".{KEY}.json.0123"
+    temporary.write_text("half")
+    for path in (orphan, scratch, temporary):
+        age(path)
+    leases = {store.root / "leases" / key for key in (KEY, OTHER)}
+    return {orphan, scratch, temporary, *leases, store.work(UNKNOWN), store.work(KEY)}
+
+
+def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Store) -> None:
+    before = {path for path in store.root.rglob("*") if path.is_file() and "leases" not in path.parts}
+    expected = litter(store)
+    assert set(unused(store)) == expected
+    for path in unused(store):
+        remove(store, path)
+    assert unused(store) == []
+    assert not any(path.exists() for path in expected)
+    assert {path for path in before if not path.exists()} == set()
+    assert damage(store, full=True) == {} and not list((store.root / "scratch").iterdir())
+
+
+def test_nothing_of_a_live_lease_is_touched(store: Store) -> None:
+    litter(store)
+    lease = try_acquire(store.root, UNKNOWN)
+    assert lease is not None
+    assert set(unused(store)) == {store.work(KEY), *(store.root / "leases" / key for key in (KEY, OTHER))}
+
+
+def test_an_owner_on_another_machine_is_watched_before_it_is_thought_dead(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = try_acquire(store.root, UNKNOWN, replace(Owner.here(), host="another-node"))
+    assert lease is not None
+
+    def renew(seconds: float) -> None:
+        assert lease.renew()
+
+    monkeypatch.setattr(store_check.time, "sleep", renew)
+    store.work(UNKNOWN)
+    assert store.work(UNKNOWN) not in unused(store)
+    assert "leases" not in str(damage(store))
+
+
+def test_what_is_young_or_might_belong_to_an_unreadable_manifest_stays(store: Store) -> None:
+    orphan = store.root / "artifacts" / UNKNOWN
+    shutil.copytree(artifact_of(store, KEY), orphan)
+    os.utime(orphan)
+    assert orphan not in unused(store)
+    age(orphan)
+    assert orphan in unused(store)
+    store.manifest_path(KEY).write_text("torn")
+    assert orphan not in unused(store) and artifact_of(store, OTHER) not in unused(store)
+
+
+def test_an_artifact_made_once_more_is_young_again(store: Store, tmp_path: Path) -> None:
+    place = artifact_of(store, KEY)
+    store.manifest_path(KEY).unlink()
+    age(place)
+    assert place in unused(store)
+    folder = store.scratch()
+    store.add_artifact(folder, place.name)
+    assert place not in unused(store)
+
+
+def test_a_dead_lease_is_explained(store: Store) -> None:
+    assert try_acquire(store.root, UNKNOWN, replace(Owner.here(), started="1")) is not None
+    (finding,) = (found for found in check(store) if found.path == store.root / "leases" / UNKNOWN)
+    assert "died with stage ffff" in finding.what and "the next run takes it over" in finding.cure
+
+
+def test_the_commands(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str, code: int = 0) -> str:
+        assert main(["store", *arguments, "--store", str(store.root)]) == code
+        return capfd.readouterr().out
+
+    assert "2 finished stages (weights too): 0 damaged" in said("check", "--full")
+    work = store.work(UNKNOWN)
+    assert str(work) in said("gc") and work.exists()
+    report = json.loads(said("gc", "--apply", "--json"))
+    assert report["applied"] and str(work) in [row["path"] for row in report["unused"]] and not work.exists()
+    (artifact_of(store, KEY) / "weights.safetensors").unlink()
+    report = json.loads(said("check", "--json", code=1))
+    assert report["damaged"] == 1 and report["findings"][-1].keys() == {"severity", "path", "what", "cure"}
+    said("check", code=1)
+    assert main(["store", "check", "--store", str(store.root / "none")]) == 2
