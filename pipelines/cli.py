@@ -6,14 +6,15 @@ import json
 import logging
 import os
 import shlex
-import signal
 import sys
 import tempfile
 import webbrowser
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,7 +35,6 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 WIDTH_WITHOUT_TERMINAL = 140
-STOPPED = 128 + signal.SIGINT
 COSTS = ("params", "nonzero_params", "macs", "nonzero_macs", "macs_ratio", "memory_peak_mb")
 QUALITIES = ("test_accuracy", "test_top5", "val_accuracy", "nll", "ece", "agreement", "kl")
 
@@ -73,11 +73,11 @@ def run(
     from pipelines.graph import require_keys
     from pipelines.recipe import load_recipe
     from pipelines.run import run_pipeline
+    from pipelines.signals import Stop, stopping
     from pipelines.store import Store
 
     console = Console(stderr=True)
     logging.getLogger().addHandler(LogLines(console))
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         loaded = load_recipe(recipe, overrides or [])
         opened = _existing(store)
@@ -88,11 +88,11 @@ def run(
             opened = Store(store)
         display = LiveDisplay(console, graph) if console.is_terminal else PlainDisplay(console)
         # Stdout is for the result: Ray prints there, whatever it is told, that a worker has died.
-        with redirect_stdout(sys.stderr), display:
+        with stopping(), redirect_stdout(sys.stderr), display:
             result = run_pipeline(graph, opened, display)
-    except KeyboardInterrupt:
+    except Stop as stop:
         console.print("stopped; the same command goes on from here")
-        raise typer.Exit(STOPPED) from None
+        raise typer.Exit(stop.code) from None
     if json_:
         typer.echo(json.dumps(_run_report(result)))
         return
@@ -200,9 +200,14 @@ def report(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The console script. Returns 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C and SIGTERM."""
+    """The console script.
+
+    Returns 0; 1 for a failure; 2 for a user's mistake; 130, 143 or 140 when asked to end by Ctrl-C, SIGTERM
+    or SIGUSR2: what was running is kept, and the same command goes on from there.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _add_registered()
     try:
         code = app(
             list(sys.argv[1:] if arguments is None else arguments) or ["--help"], standalone_mode=False
@@ -212,12 +217,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except Exception as error:
         from pbkd.errors import StageError, UserError
+        from pipelines.exhaustion import exhaustion
 
-        if not isinstance(error, UserError | StageError):
+        reason = str(error) if isinstance(error, UserError | StageError) else exhaustion(error)
+        if reason is None:
             raise
-        _complain(str(error))
+        _complain(reason)
         return 2 if isinstance(error, UserError) else 1
     return int(code or 0)
+
+
+@cache
+def _add_registered() -> None:
+    """Add the sub-commands that packages above this one have registered."""
+    for entry in entry_points(group="pbkd.commands"):
+        app.add_typer(entry.load(), name=entry.name)
 
 
 def _complain(message: str) -> None:
@@ -226,11 +240,6 @@ def _complain(message: str) -> None:
     console = Console(stderr=True, soft_wrap=True)
     console.print("[bold red]error:[/] ", end="")
     console.print(message, markup=False, highlight=False)
-
-
-def _interrupt(number: int, frame: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what follows is the orderly end
-    raise KeyboardInterrupt
 
 
 def _output() -> Any:

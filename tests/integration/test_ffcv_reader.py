@@ -24,10 +24,15 @@ from pbkd.data.beton_samples import encoder
 from pbkd.data.beton_write import prepare, write_beton
 from pbkd.data.datasets import Arrays, divided
 from pbkd.errors import UserError
+from pipelines.graph import build_graph
+from pipelines.recipe import load_recipe
+from pipelines.store import Store
+from tests.integration.pbkd_process import ROOT, run, states, with_database
 from tests.unit.image_folders import save_folder
 
 pytestmark = pytest.mark.ffcv
 
+RECIPE = ROOT / "pipelines" / "recipes" / "imagenette_resnet18.yaml"
 TRAIN = {"seed": 7, "augment": True, "shuffle": True}
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -375,3 +380,33 @@ def test_opening_leaves_torchs_threads_alone(photographs: Path):
         check=True,
     )
     assert json.loads(found.stdout) == 2
+
+
+def on(root: Path, *more: str) -> list[str]:
+    """Overrides of RECIPE for a small folder."""
+    small = ("data.num_classes=3", "data.image_size=32", "stages.teacher.network.arch=resnet20")
+    return [f"data.root={root}", *small, "compute.precision=fp32", "compute.threads=1", "smoke=true", *more]
+
+
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_a_pipeline_trains_from_betons_and_its_manifests_say_so(
+    photographs: Path, executor: str, tmp_path: Path
+):
+    workers = 2 if executor == "local" else 1
+    settings = on(photographs, f"compute.executor={executor}", f"compute.workers={workers}")
+    report = run(RECIPE, *settings, "--until", "teacher", "--store", with_database(tmp_path / "runs"))
+    assert states(report) == {"teacher": "ran"}
+    manifest = Store(tmp_path / "runs").manifest(report["stages"][0]["key"])
+    assert manifest is not None and manifest.compute["data_loader"] == "ffcv"
+
+
+def test_a_folders_loader_and_betons_are_in_the_key(photographs: Path, tmp_path: Path):
+    def key(*overrides: str) -> str | None:
+        graph = build_graph(load_recipe(RECIPE, on(photographs, *overrides)), None, tmp_path)
+        return graph.nodes["teacher"].key
+
+    prepare(settings(photographs), tmp_path / "raw", BetonSettings(mode="raw"))
+    keys = [key(), key("data.loader=torch"), key(f"data.beton={tmp_path / 'raw'}")]
+    assert None not in keys and len(set(keys)) == 3
+    assert key("data.loader=ffcv", "data.workers=1") == keys[0]
+    assert key("data.loader=ffcv", f"data.beton={tmp_path / 'none'}") is None

@@ -1,0 +1,30 @@
+"""`pbkd bench`: what it prints for machines, from a measurement too short to mean anything."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+import benchmarks.loader
+from pipelines.cli import main
+
+
+@pytest.mark.ffcv
+@pytest.mark.data
+@pytest.mark.skipif("PBKD_DATA" not in os.environ, reason="PBKD_DATA does not name a folder of data sets")
+def test_loaders_are_compared_side_by_side(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not (Path(os.environ["PBKD_DATA"]) / "imagenette").is_dir():
+        pytest.skip("PBKD_DATA has no imagenette")
+    monkeypatch.setattr(benchmarks.loader, "RESULTS", tmp_path / "loader.csv")
+    monkeypatch.setattr(benchmarks.loader, "PNG_FILES", 600)
+    code = main(["bench", "loader", "--rounds", "1", "--seconds", "0.01", "--epochs", "2", "--json"])
+    report = json.loads(capfd.readouterr().out)
+    assert report["benchmark"] == "loader"
+    assert {row["loader"] for row in report["rows"]} == {"pbkd", "ffcv", "torchvision"}
+    assert all(list(floor) == ["name", "value", "floor", "holds"] for floor in report["floors"])
+    assert len(report["floors"]) == 9
+    assert code == (0 if all(floor["holds"] for floor in report["floors"]) else 1)
+    assert len((tmp_path / "loader.csv").read_text().splitlines()) == 1 + len(report["rows"])
