@@ -76,7 +76,7 @@ def carry_out(job: Job, rank: int = 0) -> None:
         if not item.lease.is_current() or (store.work(item.key) / FAILURE).exists():
             return  # an earlier attempt, or another rank in it, gave up
         try:
-            data = data or open_data(job.data, job.data_digest)
+            data = data or open_data(job.data, job.data_digest, store.root / "cache")
             session = LocalSession(
                 store.work(item.key),
                 _device(compute),

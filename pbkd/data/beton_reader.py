@@ -31,6 +31,7 @@ from pbkd.data.augment import (
 from pbkd.data.beton import open_checked
 from pbkd.data.beton_format import RAW, read_tables
 from pbkd.data.datasets import Split, divided
+from pbkd.data.digest import file_hashes
 from pbkd.data.loader import without_ffcv
 from pbkd.data.pixels import FLIPPED, PADDING, Indices, Views, started_ahead
 from pbkd.data.settings import DataSettings
@@ -91,12 +92,22 @@ class Beton:
         )
 
 
-def open_beton(path: Path) -> Beton:
-    """Open and check a beton. Raises UserError naming the file and the cure."""
+def open_beton(path: Path, cache: Path | None = None) -> Beton:
+    """Open and check a beton; with a folder `cache` also its sha256, computed once for a state of the file.
+
+    Raises UserError naming the file and the cure.
+    """
+    manifest = open_checked(path, None)
     with path.open("rb") as file:
         state = _state(os.fstat(file.fileno()))
-        manifest = open_checked(path, None)
         tables = read_tables(file)
+        if tables.digest() != manifest.tables or (
+            cache is not None and file_hashes([path], cache) != [manifest.sha256]
+        ):
+            raise UserError(
+                f"{path}: its content is not what was written: the sha256 differs\n"
+                "cure: pbkd data prepare, which writes what is damaged"
+            )
         samples, places = tables.samples, tables.allocations
         beton = Beton(
             path=path,
@@ -112,13 +123,13 @@ def open_beton(path: Path) -> Beton:
     return beton
 
 
-def beton_splits(settings: DataSettings) -> dict[str, Split[Beton]]:
-    """`load_splits` from the betons of `settings`.
+def beton_splits(settings: DataSettings, cache: Path | None = None) -> dict[str, Split[Beton]]:
+    """`load_splits` from the betons of `settings`; see `open_beton`.
 
-    Raises UserError when FFCV cannot be imported or a beton is not sound or not what `settings` ask for.
+    Raises UserError when FFCV cannot be imported or a beton is not sound.
     """
     _kernels()
-    train, test = (open_beton(path) for path in settings.beton_paths())
+    train, test = (open_beton(path, cache) for path in settings.beton_paths())
     return divided(settings, train, test)
 
 

@@ -37,7 +37,7 @@ def data_digest(settings: DataSettings, cache: Path) -> str:
         if not settings.download:
             raise missing_cifar(settings)
         fetch_cifar(settings)
-    hashes = _file_hashes(paths, cache / _CACHE)
+    hashes = file_hashes(paths, cache)
     lines = [f"{path.name}\0{digest}\n" for path, digest in zip(paths, hashes, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -50,7 +50,10 @@ def folder_digest(root: Path, without: Collection[str] = ()) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _file_hashes(paths: list[Path], cache: Path) -> list[str]:
+def file_hashes(paths: list[Path], cache: Path) -> list[str]:
+    """sha256 (hex) of each file; each is hashed once, and remembered in the folder `cache` by its path, size
+    and time of change."""
+    cache /= _CACHE
     try:
         known = _KNOWN.validate_json(cache.read_bytes())
     except (OSError, ValueError):  # no cache yet, or a damaged one: it is only a cache

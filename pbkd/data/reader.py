@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -200,16 +201,17 @@ class Data:
         )
 
 
-def open_data(settings: DataSettings, digest: str | None = None) -> Data:
+def open_data(settings: DataSettings, digest: str | None = None, cache: Path | None = None) -> Data:
     """Open the data set by the loader that `settings` name; `Data.settings` has the one that `auto` took.
 
     With `torch`, CIFAR and digits are read into memory, a folder is listed and checked; with `ffcv`, the
-    betons are opened and checked. `digest` is `data_digest` of the data, for callers who know it.
+    betons are opened and checked. `digest` is `data_digest` of the data, for callers who know it; with a
+    folder `cache` the betons' content is compared with their sha256, once for each state of a file.
 
     Raises UserError with the cure when data are missing or damaged. Images of a folder are decoded when a
     reader needs them; an unreadable one raises UserError there.
     """
     settings = resolve_loader(settings, digest)
     if settings.loader == "ffcv":
-        return Data(settings, beton_splits(settings), settings.describe())
+        return Data(settings, beton_splits(settings, cache), settings.describe())
     return Data(settings, load_splits(settings), settings.describe())

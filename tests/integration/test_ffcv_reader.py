@@ -292,6 +292,17 @@ def test_a_damaged_image_is_an_error_that_names_file_and_sample(photographs: Pat
     assert "cure: pbkd data prepare" in str(caught.value) and len(str(caught.value).splitlines()) <= 3
 
 
+def test_content_that_still_decodes_is_found_by_its_hash(photographs: Path, tmp_path: Path):
+    opened = in_betons(photographs, tmp_path, "raw").settings
+    open_data(opened, cache=tmp_path / "cache")
+    beton = open_beton(tmp_path / "test.beton")
+    with beton.path.open("r+b") as file:
+        file.seek(int(beton.offsets[0]))
+        file.write(b"other pixels")
+    with pytest.raises(UserError, match=r"test\.beton: .*sha256(.|\n)*pbkd data prepare"):
+        open_data(opened, cache=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("how", ["cut", "emptied", "overwritten", "replaced", "removed"])
 def test_a_file_that_changes_while_it_is_read_is_an_error(photographs: Path, how: str, tmp_path: Path):
     data = in_betons(photographs, tmp_path)
