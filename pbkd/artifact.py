@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from pydantic import ValidationError
@@ -13,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pbkd.errors import UserError
-from pbkd.networks import BlockNetwork, NetworkSpec, load_weights, weights_digest
+from pbkd.networks import AnySpec, BlockNetwork, load_weights, read_spec, weights_digest
 from pbkd.networks.weights import empty
 
 FORMAT = 1
+STATE_DICT_SUFFIXES = (".pt", ".pth", ".bin", ".tar")
 PROBE_SEED = 20180713
 PROBE_TOLERANCE = 1e-3
 
@@ -35,7 +37,7 @@ class Artifact:
     path: Path
     digest: str
     weights_digest: str
-    spec: NetworkSpec
+    spec: AnySpec
 
 
 def save(network: BlockNetwork, folder: Path) -> Artifact:
@@ -73,7 +75,7 @@ def read(folder: Path) -> Artifact:
         weights, digest = description["weights_digest"], description["digest"]
         if digest != _digest(description["network"], weights):
             raise ValueError("contents do not match their digest")
-        return Artifact(folder, digest, weights, NetworkSpec.model_validate(description["network"]))
+        return Artifact(folder, digest, weights, read_spec(description["network"]))
     except OSError as error:
         raise UserError(
             f"{path}: no artifact here ({error.strerror}); give a folder that pbkd wrote"
@@ -108,21 +110,39 @@ def load(folder: Path) -> BlockNetwork:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
+    """All tensors of a safetensors file, or of a state_dict that torch.save wrote (read as weights only).
 
     Raises:
-        UserError: the file is missing or is no safetensors file.
+        UserError: the file is missing or is neither.
     """
     if not path.is_file():
         raise UserError(
             f"{path}: no such weights file; give a .safetensors file, absolute or relative to here"
         )
+    if path.suffix in STATE_DICT_SUFFIXES:
+        return _read_state_dict(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read as safetensors ({error}); it is damaged or another format"
         ) from error
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(
+            f"{path}: holds more than tensors, or is damaged ({reason}); save network.state_dict() alone"
+        ) from error
+    for key in ("state_dict", "model"):  # where training scripts put it beside optimizer and epoch
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise UserError(f"{path}: is no state_dict of names and tensors; save network.state_dict() alone")
+    return dict(found)
 
 
 def _digest(spec: object, weights: str) -> str:

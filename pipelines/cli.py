@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.data_commands import app as data_app
+from pipelines.inspect_command import AllowImport, inspect
 from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption
 from pipelines.store_commands import app as store_app
 
@@ -45,6 +46,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data_app, name="data")
+app.command(epilog="Example: pbkd inspect torchvision/resnet50 --width 0.5 --width 0.25")(inspect)
 app.add_typer(store_app, name="store")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
@@ -63,6 +65,7 @@ def run(
     overrides: Overrides = None,
     until: Until = None,
     store: StoreOption = DEFAULT_STORE,
+    allow_import: AllowImport = False,
     json_: Machine = False,
 ) -> None:
     """Run a recipe. Finished stages are reused; an interrupted run goes on when it is typed again."""
@@ -111,6 +114,7 @@ def plan(
     overrides: Overrides = None,
     until: Until = None,
     store: StoreOption = DEFAULT_STORE,
+    allow_import: AllowImport = False,
     json_: Machine = False,
 ) -> None:
     """Show what a recipe would run and what its networks would cost; needs neither data nor weights."""
@@ -183,6 +187,7 @@ def report(
         typer.Option(metavar="FILE.html", help="Where to; without it pipelines/ID/report.html in the store."),
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    allow_import: AllowImport = False,
     json_: Machine = False,
 ) -> None:
     """Write one HTML page about a pipeline: results, figures, lineage. It needs no network to be read."""

@@ -15,7 +15,7 @@ from pbkd.data import READER_VERSION, DataInfo, DataSettings, data_digest, resol
 from pbkd.engine import ENGINE_VERSION
 from pbkd.errors import UserError
 from pbkd.measure import Cost
-from pbkd.networks import NetworkSpec, cost_of
+from pbkd.networks import AnySpec, cost_of
 from pbkd.stages import Block, Distill, Load, Progressive, Stage, Unplanned
 from pipelines.recipe import Compute, Recipe, suggest
 from pipelines.store import Input, Manifest, Store
@@ -43,7 +43,7 @@ class Node:
     stage: Stage
     inputs: tuple[tuple[str, str], ...]
     seed: int = 0
-    spec: NetworkSpec | None = None
+    spec: AnySpec | None = None
     key: str | None = None
     missing: str | None = None
     unplanned: str | None = None
@@ -331,9 +331,9 @@ class _Builder:
 
     def _spec(
         self, name: str, stage: Stage, inputs: Mapping[str, Node]
-    ) -> tuple[NetworkSpec | None, str | None]:
+    ) -> tuple[AnySpec | None, str | None]:
         """The architecture, or None and the reason."""
-        specs: dict[str, NetworkSpec] = {}
+        specs: dict[str, AnySpec] = {}
         for role, given in inputs.items():
             if given.spec is None:
                 return None, given.unplanned

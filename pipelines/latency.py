@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from pbkd import artifact
 from pbkd.measure import compiled, measure_latency
-from pbkd.networks import BlockNetwork, NetworkSpec, fresh
+from pbkd.networks import AnySpec, BlockNetwork, fresh
 from pipelines.jobs import processor, versions
 from pipelines.recipe import Compute
 from pipelines.store import Manifest, Store
@@ -74,11 +74,11 @@ class Latencies:
                 found = {name: self._time(network, timing) for name, timing in missing.items()}
                 self._store.add_latencies(spec.digest, self._machine, found)
 
-    def _known(self, spec: NetworkSpec) -> Milliseconds:
+    def _known(self, spec: AnySpec) -> Milliseconds:
         found = self._store.latencies(spec.digest, self._machine)
         return {name: None if latency is None else latency["median_ms"] for name, latency in found.items()}
 
-    def _spec(self, manifest: Manifest) -> NetworkSpec:
+    def _spec(self, manifest: Manifest) -> AnySpec:
         return artifact.read(self._store.artifact(manifest.artifact)).spec
 
     def _time(self, network: BlockNetwork, timing: Timing) -> dict[str, float] | None:

@@ -18,7 +18,8 @@ from yaml import YAMLError
 from pbkd.data import DataSettings
 from pbkd.engine.settings import OptimizerSettings, Precision, Settings
 from pbkd.errors import UserError
-from pbkd.networks import NetworkSettings
+from pbkd.networks import ForeignSettings, NetworkSettings
+from pbkd.networks.builders import is_foreign
 from pbkd.stages import KINDS, AnyStage, Block, Distill, Load, Progressive, Prune, Stabilize, Train
 
 SMOKE_SAMPLES = {"digits": 256}  # of a split; of larger images fewer, since evaluation is most of a smoke run
@@ -231,6 +232,8 @@ def _known_keys(place: Sequence[str], content: Any) -> list[str]:
             model = _SECTIONS[section]
         case ["stages", name]:
             model = _STAGES[content["stages"][name]["kind"]]
+        case ["stages", name, "network"] if is_foreign(str(content["stages"][name]["network"].get("arch"))):
+            model = ForeignSettings
         case ["stages", _, section]:
             model = _STAGE_SECTIONS[section]
     return [field.alias or name for name, field in model.model_fields.items()]

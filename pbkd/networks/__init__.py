@@ -1,20 +1,27 @@
 """Networks as blocks: specs, the modules built from them, named architectures, weights."""
 
 from pbkd.networks.block_network import BlockNetwork, build_block, fold_norms, on_meta, spec_of
+from pbkd.networks.builders import ForeignSettings, allow_import
 from pbkd.networks.cost import cost_of
 from pbkd.networks.features import FeatureNetwork, Features, feature_shapes
-from pbkd.networks.spec import BlockSpec, ConvSpec, NetworkSpec
+from pbkd.networks.spec import AnySpec, BlockSpec, ConvSpec, NetworkSpec, TracedPart, TracedSpec, read_spec
 from pbkd.networks.weights import fresh, initialize_fresh, load_weights, maskable_weights, weights_digest
-from pbkd.networks.zoo import NetworkSettings, architecture
+from pbkd.networks.zoo import AnyNetworkSettings, NetworkSettings, architecture, settings_of
 
 __all__ = [
+    "AnyNetworkSettings",
+    "AnySpec",
     "BlockNetwork",
     "BlockSpec",
     "ConvSpec",
     "FeatureNetwork",
     "Features",
+    "ForeignSettings",
     "NetworkSettings",
     "NetworkSpec",
+    "TracedPart",
+    "TracedSpec",
+    "allow_import",
     "architecture",
     "build_block",
     "cost_of",
@@ -25,6 +32,8 @@ __all__ = [
     "load_weights",
     "maskable_weights",
     "on_meta",
+    "read_spec",
+    "settings_of",
     "spec_of",
     "weights_digest",
 ]

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from pbkd.networks.partition import original_on_meta, parts_of
 from pbkd.networks.spec import (
+    AnySpec,
     BlockSpec,
     ClassifierSpec,
     ConvSpec,
@@ -18,6 +20,8 @@ from pbkd.networks.spec import (
     PoolSpec,
     ResidualUnit,
     StemSpec,
+    TracedPart,
+    TracedSpec,
     Unit,
 )
 
@@ -102,7 +106,7 @@ def _pool(spec: PoolSpec | None) -> nn.Module:
     return nn.Identity() if spec is None else nn.MaxPool2d(spec.kernel, spec.stride, spec.padding)
 
 
-def _stem(spec: StemSpec) -> nn.Sequential:
+def _stem(spec: StemSpec) -> nn.Module:
     stem = nn.Sequential(*map(ConvLayer, spec.layers))
     if spec.pool is not None:
         stem.add_module("pool", _pool(spec.pool))
@@ -126,9 +130,19 @@ def _classifier(spec: ClassifierSpec) -> nn.Sequential:
 class BlockNetwork(nn.Module):
     """classifier(pool_N(block_N(... pool_1(block_1(stem(x))))))."""
 
-    def __init__(self, spec: NetworkSpec) -> None:
+    spec: AnySpec
+    stem: nn.Module
+    classifier: nn.Sequential
+
+    def __init__(self, spec: AnySpec, original: nn.Module | None = None) -> None:
+        """Build `spec`; a traced one from the modules of `original`, narrowed in place (None: on meta)."""
         super().__init__()
         self.spec = spec
+        if isinstance(spec, TracedSpec):
+            self.stem, blocks, self.classifier = parts_of(spec, original or original_on_meta(spec))
+            self.blocks = nn.ModuleList(blocks)
+            self.poolings = nn.ModuleList(nn.Identity() for _ in blocks)
+            return
         self.stem = _stem(spec.stem)
         self.blocks = nn.ModuleList(map(build_block, spec.blocks))
         self.poolings = nn.ModuleList(map(_pool, spec.poolings))
@@ -156,13 +170,13 @@ class BlockNetwork(nn.Module):
             parts += [block, pool]
         return nn.Sequential(*parts, self.classifier)
 
-    def replace_block(self, index: int, spec: BlockSpec, block: nn.Module) -> None:
+    def replace_block(self, index: int, spec: BlockSpec | TracedPart, block: nn.Module) -> None:
         """Put `block`, which `spec` describes, in the place of block `index` (from 0)."""
         self.spec = self.spec.with_block(index, spec)
         self.blocks[index] = block
 
 
-def on_meta(spec: NetworkSpec) -> BlockNetwork:
+def on_meta(spec: AnySpec) -> BlockNetwork:
     """The network without memory for its weights, for counting and for checking shapes."""
     with torch.device("meta"):
         return BlockNetwork(spec)
@@ -178,8 +192,9 @@ def fold_norms(module: nn.Module) -> nn.Module:
 
 
 def spec_of(network: BlockNetwork) -> NetworkSpec:
-    """The spec of `network` as its modules are now: channels and features read back after pruning."""
+    """The spec of a network of ours as its modules are now: channels and features read back after pruning."""
     spec = network.spec
+    assert isinstance(spec, NetworkSpec)
     blocks = tuple(
         BlockSpec(
             units=tuple(
@@ -189,7 +204,7 @@ def spec_of(network: BlockNetwork) -> NetworkSpec:
         )
         for block, modules in zip(spec.blocks, network.blocks, strict=True)
     )
-    stem = [module for module in network.stem if isinstance(module, ConvLayer)]
+    stem = [module for module in network.stem.children() if isinstance(module, ConvLayer)]
     linear = [module for module in network.classifier if isinstance(module, nn.Linear)]
     widths = (linear[0].in_features, *(layer.out_features for layer in linear))
     return spec.model_copy(

@@ -6,11 +6,11 @@ from functools import lru_cache
 
 from pbkd.measure import Cost, count
 from pbkd.networks.block_network import ConvLayer, on_meta
-from pbkd.networks.spec import NetworkSpec
+from pbkd.networks.spec import AnySpec
 
 
 @lru_cache(maxsize=1024)
-def cost_of(spec: NetworkSpec) -> Cost:
+def cost_of(spec: AnySpec) -> Cost:
     """Parameters and multiply-accumulates for one image; BatchNorm counts for neither, so it is left out."""
     network = on_meta(spec)
     for layer in network.modules():

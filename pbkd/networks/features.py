@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pbkd.networks.block_network import BlockNetwork, on_meta
-from pbkd.networks.spec import NetworkSpec
+from pbkd.networks.spec import AnySpec
 
 
 class Features(NamedTuple):
@@ -46,7 +46,7 @@ class FeatureNetwork(nn.Module):
 
 
 @lru_cache(maxsize=1024)
-def feature_shapes(spec: NetworkSpec) -> tuple[tuple[int, int, int], ...]:
+def feature_shapes(spec: AnySpec) -> tuple[tuple[int, int, int], ...]:
     """(channels, height, width) of the feature of each block, from the spec alone."""
     with torch.no_grad():
         images = torch.empty(1, *spec.input_shape, device="meta")

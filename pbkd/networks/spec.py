@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, model_validator
 
 Count = Annotated[int, Field(ge=0)]
+Scalar = bool | int | float | str | None
 
 
 class Spec(BaseModel):
@@ -103,11 +104,27 @@ class ClassifierSpec(Spec):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 
-class NetworkSpec(Spec):
-    """A whole network. `input_shape` is (channels, height, width); `poolings[i]` follows block i."""
+class WholeSpec(Spec):
+    """What all specs of networks have in common. `input_shape` is (channels, height, width)."""
 
     arch: str
     input_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    blocks: tuple[Any, ...] = Field(min_length=1)
+
+    @property
+    def digest(self) -> str:
+        """The architecture's sha256, in hex."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def with_block(self, index: int, block: BlockSpec | TracedPart) -> Self:
+        """The same network with block `index` (from 0) replaced by another of its kind."""
+        blocks = (*self.blocks[:index], block, *self.blocks[index + 1 :])
+        return self.model_copy(update={"blocks": blocks})
+
+
+class NetworkSpec(WholeSpec):
+    """A whole network of ours, layer by layer; `poolings[i]` follows block i."""
+
     stem: StemSpec = StemSpec()
     blocks: tuple[BlockSpec, ...] = Field(min_length=1)
     poolings: tuple[PoolSpec | None, ...]
@@ -129,15 +146,49 @@ class NetworkSpec(Spec):
         """Classes the classifier tells apart."""
         return self.classifier.widths[-1]
 
-    @property
-    def digest(self) -> str:
-        """The architecture's sha256, in hex."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
-    def with_block(self, index: int, block: BlockSpec) -> NetworkSpec:
-        """The same network with block `index` (from 0) replaced."""
-        blocks = (*self.blocks[:index], block, *self.blocks[index + 1 :])
-        return self.model_copy(update={"blocks": blocks})
+class TracedPart(Spec):
+    """A part of a foreign network.
+
+    Attributes:
+        end: where it ends: the path of a module, or the name of an operation in the traced graph.
+        shapes: (tensor, shape) of the tensors that are narrower than in the original, by their names there.
+    """
+
+    end: str
+    shapes: tuple[tuple[str, tuple[PositiveInt, ...]], ...] = ()
+
+
+class TracedSpec(WholeSpec):
+    """A network of a library or of the user's: what builds it, where it is cut, what is narrower.
+
+    Attributes:
+        arch: `torchvision/NAME`, `timm/NAME` or `package.module:function`.
+        arguments: of the builder, beside the classes and the input's shape.
+        stem: what comes before the first block; None: nothing.
+        blocks: one behind the other.
+        classifier: everything behind them.
+    """
+
+    form: Literal["traced"] = "traced"
+    arguments: tuple[tuple[str, Scalar], ...] = ()
+    num_classes: PositiveInt
+    stem: TracedPart | None
+    blocks: tuple[TracedPart, ...] = Field(min_length=1)
+    classifier: TracedPart
+
+
+AnySpec = NetworkSpec | TracedSpec
+_ANY: TypeAdapter[AnySpec] = TypeAdapter(AnySpec)
+
+
+def read_spec(content: object) -> AnySpec:
+    """The spec that a JSON object describes.
+
+    Raises:
+        ValidationError: it describes none.
+    """
+    return _ANY.validate_python(content)
 
 
 def layers_of(unit: Unit) -> tuple[ConvSpec, ...]:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from pbkd.errors import UserError
 from pbkd.networks.block_network import BlockNetwork, ConvLayer
-from pbkd.networks.spec import NetworkSpec
+from pbkd.networks.partition import original_empty, original_fresh, original_name, traced_of
+from pbkd.networks.spec import AnySpec, NetworkSpec, TracedSpec
 
 
-def empty(spec: NetworkSpec, device: torch.device | str = "cpu") -> BlockNetwork:
+def empty(spec: AnySpec, device: torch.device | str = "cpu") -> BlockNetwork:
     """A network with memory for its weights, whose values are still undefined."""
+    if isinstance(spec, TracedSpec):
+        return BlockNetwork(spec, original_empty(spec)).to(device)
     with torch.device("meta"):
         network = BlockNetwork(spec)
     return network.to_empty(device=device)
@@ -35,8 +38,10 @@ def initialize_fresh(module: nn.Module, seed: int) -> None:
         elif isinstance(part, nn.Linear):
             bound = part.in_features**-0.5
             nn.init.uniform_(part.weight, -bound, bound, generator=generator)
-        elif isinstance(part, nn.BatchNorm2d):
+        elif isinstance(part, nn.BatchNorm2d) and part.affine:
             part.reset_running_stats()
+            nn.init.ones_(part.weight)
+        elif isinstance(part, nn.LayerNorm | nn.GroupNorm) and part.weight is not None:
             nn.init.ones_(part.weight)
         else:
             continue
@@ -44,9 +49,12 @@ def initialize_fresh(module: nn.Module, seed: int) -> None:
             nn.init.zeros_(part.bias)
 
 
-def fresh(spec: NetworkSpec, seed: int) -> BlockNetwork:
-    """A network on the CPU with fresh weights."""
-    network = empty(spec)
+def fresh(spec: AnySpec, seed: int) -> BlockNetwork:
+    """A network on the CPU with fresh weights; what `initialize_fresh` does not know keeps its builder's."""
+    if isinstance(spec, TracedSpec):
+        network = BlockNetwork(spec, original_fresh(spec, seed))
+    else:
+        network = empty(spec)
     initialize_fresh(network, seed)
     return network
 
@@ -62,6 +70,8 @@ def maskable_weights(network: nn.Module) -> dict[str, Tensor]:
 
 def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copy `tensors` into `network`; the names are pbkd's own or those of public VGG and ResNet checkpoints.
+
+    A foreign network's are also its own; what it has but does not use, such as auxiliary heads, is left out.
 
     Raises:
         UserError: a tensor is missing, is left over, or has another shape; names it, and both shapes.
@@ -117,6 +127,8 @@ _RESNET_NAMES = (
 
 def _own_names(network: BlockNetwork, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     given = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    if isinstance(network.spec, TracedSpec):
+        return _partitioned_names(network, network.spec, given)
     if network.spec.arch.startswith("vgg"):
         table = _vgg_names(network)
         return {_renamed_vgg(name, table): tensor for name, tensor in given.items()}
@@ -128,8 +140,20 @@ def _own_names(network: BlockNetwork, tensors: Mapping[str, Tensor]) -> dict[str
     return renamed
 
 
+def _partitioned_names(
+    network: BlockNetwork, spec: TracedSpec, given: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    own = network.state_dict().keys()
+    if own <= given.keys():
+        return given
+    table = {original_name(name): name for name in own}
+    unused = traced_of(spec).module.state_dict().keys() - table.keys()
+    return {table.get(name, name): tensor for name, tensor in given.items() if name not in unused}
+
+
 def _vgg_names(network: BlockNetwork) -> dict[str, str]:
     """torchvision numbers the layers of a VGG: `features.0`, ... and `classifier.0`, `.3`, `.6`."""
+    assert isinstance(network.spec, NetworkSpec)
     table, number = {}, 0
     for block, modules in enumerate(network.blocks):
         for name, layer in modules.named_modules():

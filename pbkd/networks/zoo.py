@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from typing import Annotated, Any, Literal, overload
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag
 
 from pbkd.errors import UserError
+from pbkd.networks.builders import ForeignSettings, is_foreign
+from pbkd.networks.partition import partition
 from pbkd.networks.spec import (
+    AnySpec,
     BlockSpec,
     ClassifierSpec,
     ConvSpec,
@@ -54,14 +57,47 @@ class NetworkSettings(BaseModel):
     base_width: PositiveInt | None = None
 
 
+def _kind_of(settings: object) -> str:
+    arch = settings.get("arch") if isinstance(settings, dict) else getattr(settings, "arch", None)
+    return "foreign" if isinstance(arch, str) and is_foreign(arch) else "own"
+
+
+AnyNetworkSettings = Annotated[
+    Annotated[NetworkSettings, Tag("own")] | Annotated[ForeignSettings, Tag("foreign")],
+    Discriminator(_kind_of),
+]
+
+
+def settings_of(arch: str, **options: Any) -> NetworkSettings | ForeignSettings:
+    """The settings of the network that `arch` names, ours or another's."""
+    return (ForeignSettings if is_foreign(arch) else NetworkSettings).model_validate(
+        {"arch": arch, **options}
+    )
+
+
+@overload
 def architecture(
     settings: NetworkSettings, input_shape: tuple[int, int, int], num_classes: int
-) -> NetworkSpec:
+) -> NetworkSpec: ...
+
+
+@overload
+def architecture(
+    settings: NetworkSettings | ForeignSettings, input_shape: tuple[int, int, int], num_classes: int
+) -> AnySpec: ...
+
+
+def architecture(
+    settings: NetworkSettings | ForeignSettings, input_shape: tuple[int, int, int], num_classes: int
+) -> AnySpec:
     """The spec of a named architecture for images of `input_shape` (C, H, W).
 
     Raises:
-        UserError: no architecture has this name, or the images are too small for it.
+        UserError: no architecture has this name, the images are too small for it, or it is a foreign one that
+            cannot be partitioned.
     """
+    if isinstance(settings, ForeignSettings):
+        return partition(settings, input_shape, num_classes)
     name = settings.arch
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1)

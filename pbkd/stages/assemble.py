@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, TypeVar
 
 from pbkd.data import DataInfo
-from pbkd.networks import BlockNetwork, NetworkSpec
+from pbkd.networks import AnySpec, BlockNetwork
 from pbkd.stages.base import Context, Role, Stage, start_of
 
 Given = TypeVar("Given")
@@ -21,7 +21,7 @@ class Assemble(Stage):
 
     kind: Literal["assemble"] = "assemble"
 
-    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+    def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
         """`from` with the others' blocks."""
         spec = start_of(inputs, info, "the network that is to get the blocks")
         for index, given in _givers(inputs):

@@ -14,7 +14,7 @@ from pbkd.engine import Precision, Row, Session, Task, TrainingSettings, Watch, 
 from pbkd.engine.settings import Settings
 from pbkd.errors import UserError
 from pbkd.measure import FeatureDrift, evaluate
-from pbkd.networks import BlockNetwork, NetworkSpec
+from pbkd.networks import AnySpec, BlockNetwork
 from pbkd.objectives import cross_entropy
 
 SMOKE_STEPS = 4
@@ -153,7 +153,7 @@ class Stage(Settings):
         """
         return self.model_dump(mode="json", exclude={"kind", "from_", "teacher"})
 
-    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+    def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
         """The architecture the stage will give, from those it gets.
 
         Raises:
@@ -211,7 +211,7 @@ class TrainingStage(Stage, TrainingSettings):
         return self.model_copy(update={"epochs": None, "steps": SMOKE_STEPS})
 
 
-def same_task(spec: NetworkSpec, info: DataInfo, what: str) -> NetworkSpec:
+def same_task(spec: AnySpec, info: DataInfo, what: str) -> AnySpec:
     """`spec`, if it takes the data's images and knows its classes.
 
     Raises:
@@ -224,7 +224,7 @@ def same_task(spec: NetworkSpec, info: DataInfo, what: str) -> NetworkSpec:
     return spec
 
 
-def start_of(inputs: Mapping[Role, NetworkSpec], info: DataInfo, what: str) -> NetworkSpec:
+def start_of(inputs: Mapping[Role, AnySpec], info: DataInfo, what: str) -> AnySpec:
     """The architecture of `from`, which `what` names in errors, if it and the teacher fit the data.
 
     Raises:

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from pbkd.data import DataInfo
 from pbkd.engine import Task
 from pbkd.errors import UserError
-from pbkd.networks import BlockNetwork, NetworkSpec, build_block
+from pbkd.networks import AnySpec, BlockNetwork, BlockSpec, TracedPart, TracedSpec, build_block
+from pbkd.networks.channels import inner_groups
 from pbkd.objectives import Reduction, cross_entropy, local_feature
 from pbkd.stages.assemble import Assemble, block_role
 from pbkd.stages.base import Context, Role, Stage, TrainingStage, start_of
@@ -24,6 +25,10 @@ from pbkd.students import (
     initialize_inherit,
     initialize_kaiming,
     initialize_least_squares,
+    narrow_block,
+    narrowable_blocks,
+    narrowed_copy,
+    start_narrowed,
     student_block,
 )
 
@@ -35,7 +40,8 @@ class BlockTraining(TrainingStage):
     """How a student block starts and learns; shared by `block` and `progressive`.
 
     Attributes:
-        projection_norm, projection_relu: what follows the restoring 1x1 convolution (`StudentSettings`).
+        projection_norm, projection_relu: what follows the restoring 1x1 convolution (`StudentSettings`); the
+            blocks of a foreign network have none, they end as the teacher's do.
         init: where the student block's weights come from (`pbkd.students.initialize`).
         init_images: training images that `least_squares` solves on.
         local_weight: lambda of L = lambda * L_local + CE; the paper does not publish it. The default suits
@@ -71,7 +77,7 @@ class Block(BlockTraining):
     block: PositiveInt
     width: Width = 0.5
 
-    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+    def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
         """The auxiliary network with one more student block."""
         auxiliary = start_of(inputs, info, "the network that is to get a student block")
         if self.block > len(auxiliary.blocks):
@@ -81,9 +87,7 @@ class Block(BlockTraining):
             raise UserError(
                 f"block {self.block} is not the teacher's any more; name the teacher it was taken from"
             )
-        return auxiliary.with_block(
-            self.block - 1, student_block(auxiliary.blocks[self.block - 1], self._student)
-        )
+        return auxiliary.with_block(self.block - 1, self._student_of(auxiliary))
 
     def compares_features(self) -> bool:
         """The student block's with the teacher block's."""
@@ -96,18 +100,27 @@ class Block(BlockTraining):
         teacher = context.inputs.get("teacher", network).to(context.session.device)
         around = network if self.input == "student" else teacher
         prefix, target, suffix = around.prefix(index), around.blocks[index], around.suffix(index)
-        spec = student_block(network.spec.blocks[index], self._student)
-        student = build_block(spec).to(context.session.device)
-        match self.init:
-            case "kaiming":
-                initialize_kaiming(student.cpu(), context.seed)
-            case "inherit":
-                initialize_inherit(student.cpu(), target.cpu(), context.seed)
-            case "least_squares":
-                images = context.images(self.init_images)
-                initialize_least_squares(
-                    student, target, prefix(images), teacher.prefix(index)(images), context.seed
-                )
+        spec = self._student_of(network.spec)
+
+        def features() -> tuple[Tensor, Tensor]:
+            images = context.images(self.init_images)
+            return prefix(images), teacher.prefix(index)(images)
+
+        student: nn.Module
+        if isinstance(spec, TracedPart):
+            assert isinstance(network.spec, TracedSpec)
+            student = narrowed_copy(network.blocks[index], spec)
+            groups = inner_groups(network.spec, index)
+            start_narrowed(student, target, groups, self.init, features, context.seed)
+        else:
+            student = build_block(spec).to(context.session.device)
+            match self.init:
+                case "kaiming":
+                    initialize_kaiming(student.cpu(), context.seed)
+                case "inherit":
+                    initialize_inherit(student.cpu(), target.cpu(), context.seed)
+                case "least_squares":
+                    initialize_least_squares(student, target, *features(), context.seed)
         network.replace_block(index, spec, student)
         task = Task(
             trained=student,
@@ -120,11 +133,13 @@ class Block(BlockTraining):
         context.train(network, task, self)
         return network
 
-    @property
-    def _student(self) -> StudentSettings:
-        return StudentSettings(
+    def _student_of(self, network: AnySpec) -> BlockSpec | TracedPart:
+        if isinstance(network, TracedSpec):
+            return narrow_block(network, self.block - 1, self.width)
+        settings = StudentSettings(
             width=self.width, projection_norm=self.projection_norm, projection_relu=self.projection_relu
         )
+        return student_block(network.blocks[self.block - 1], settings)
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,7 @@ class Progressive(BlockTraining):
     """One `block` stage after the other; with `input: teacher` all at once, and `assemble` behind them.
 
     Attributes:
-        blocks: which, numbered from 1; null: all of them.
+        blocks: which, numbered from 1; null: all of them, of a foreign network those with channels inside.
         width: share of filters kept, one for all or one per block in the order of `blocks`.
         order: `bottom_up` (the paper's best), `top_down`, or `listed`: as `blocks` has them.
     """
@@ -163,7 +178,7 @@ class Progressive(BlockTraining):
             raise ValueError(f"blocks: {list(self.blocks)} names a block twice")
         return self
 
-    def members(self, network: NetworkSpec | None) -> list[Member]:
+    def members(self, network: AnySpec | None) -> list[Member]:
         """The stages it stands for and what each starts from; the last one gives the result. See `expand`."""
         blocks = self.expand(network)
         names = [str(block.block) for block in blocks]
@@ -177,7 +192,7 @@ class Progressive(BlockTraining):
         joined = Member("assembled", Assemble(teacher=self.teacher), (("from", None), *roles))
         return [*independent, joined]
 
-    def expand(self, network: NetworkSpec | None) -> list[Block]:
+    def expand(self, network: AnySpec | None) -> list[Block]:
         """The blocks it stands for, in order; `network` is the one they start with, if known.
 
         Raises:
@@ -189,7 +204,11 @@ class Progressive(BlockTraining):
                 raise UserError(
                     "blocks: the network is not known before it was pruned; list the blocks, as [1, 2, 3]"
                 )
-            blocks = tuple(range(1, len(network.blocks) + 1))
+            blocks = (
+                tuple(narrowable_blocks(network))
+                if isinstance(network, TracedSpec)
+                else tuple(range(1, len(network.blocks) + 1))
+            )
         widths = self.width if isinstance(self.width, tuple) else (self.width,) * len(blocks)
         if len(widths) != len(blocks):
             raise UserError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from pbkd.data import DataInfo
 from pbkd.engine import Mask, Task
 from pbkd.errors import UserError
-from pbkd.networks import BlockNetwork, FeatureNetwork, Features, NetworkSpec, feature_shapes, fresh
+from pbkd.networks import AnySpec, BlockNetwork, FeatureNetwork, Features, feature_shapes, fresh
 from pbkd.objectives import angle_relation, attention, distance_relation, hinton, local_feature
 from pbkd.stages.base import Context, Role, TrainingStage, start_of
 
@@ -55,7 +55,7 @@ class Distill(TrainingStage):
             raise ValueError("keep_zeros is for weights: keep; fresh weights have no zeros to keep")
         return self
 
-    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+    def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
         """The architecture does not change."""
         spec = start_of(inputs, info, "the network to distill into")
         if "teacher" not in inputs:

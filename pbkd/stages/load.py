@@ -5,45 +5,81 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
 
 from pbkd.artifact import read_tensors
 from pbkd.data import DataInfo
 from pbkd.errors import UserError
-from pbkd.networks import BlockNetwork, NetworkSettings, NetworkSpec, architecture, load_weights
+from pbkd.networks import (
+    AnyNetworkSettings,
+    AnySpec,
+    BlockNetwork,
+    ForeignSettings,
+    architecture,
+    load_weights,
+)
+from pbkd.networks.builders import pretrained_name, pretrained_tensors
 from pbkd.networks.weights import empty
 from pbkd.stages.base import Context, Role, Stage
 
 
 class Load(Stage):
-    """Build `network` and load `weights`, a .safetensors file with pbkd's or public VGG and ResNet names."""
+    """Build `network` and give it its weights.
+
+    Attributes:
+        weights: a .safetensors file, or a state_dict that torch.save wrote, with pbkd's names, those of
+            public VGGs and ResNets, or a foreign network's own.
+        pretrained: instead of a file, the weights that torchvision or timm have for `network`.
+    """
 
     kind: Literal["load"] = "load"
-    network: NetworkSettings
-    weights: Path
+    network: AnyNetworkSettings
+    weights: Path | None = None
+    pretrained: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.pretrained == (self.weights is not None):
+            raise ValueError("give weights: FILE.safetensors, or pretrained: true for a library's own")
+        return self
 
     def needs_from(self) -> bool:
         """It starts from a file."""
         return False
 
     def semantic(self) -> dict[str, Any]:
-        """The weights file counts by its content, not by its path."""
+        """The weights file counts by its content, not by its path; so does the user's own code."""
+        settings = super().semantic()
+        del settings["pretrained"]
+        if isinstance(self.network, ForeignSettings) and (code := self.network.code_digest()) is not None:
+            settings["code"] = code
+        return settings | {"weights": self._identity()}
+
+    def _identity(self) -> str:
+        if self.weights is None:
+            return pretrained_name(self.network.arch)
         try:
             with self.weights.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
+                return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(
                 f"weights: {self.weights} cannot be read ({error.strerror}); give a .safetensors file, "
                 f"for example stages.teacher.weights=FILE"
             ) from error
-        return super().semantic() | {"weights": content}
 
-    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+    def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
         """The named architecture."""
         return architecture(self.network, info.input_shape, info.num_classes)
 
     def run(self, context: Context) -> BlockNetwork:
         """Load, nothing else."""
         network = empty(self.plan({}, context.data.info))
-        load_weights(network, read_tensors(self.weights), str(self.weights))
+        if self.weights is None:
+            load_weights(
+                network, pretrained_tensors(self.network.arch), f"the weights of {self.network.arch}"
+            )
+        else:
+            load_weights(network, read_tensors(self.weights), str(self.weights))
         return network.eval().requires_grad_(False)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from pbkd.data import DataInfo
 from pbkd.errors import UserError
-from pbkd.networks import BlockNetwork, NetworkSpec, cost_of, maskable_weights, spec_of
+from pbkd.networks import AnySpec, BlockNetwork, TracedSpec, cost_of, maskable_weights, spec_of
 from pbkd.networks.block_network import ConvLayer, Residual, path_of
+from pbkd.networks.channels import narrowed_by_count
 from pbkd.networks.spec import BlockSpec, ConvSpec, PadShortcut, ResidualUnit, Unit, layers_of
 from pbkd.stages.base import Context, Role, Stage, Unplanned, start_of
+from pbkd.stages.prune_foreign import ForeignPruning, prunable_groups, solve_pruned
 from pbkd.students import initialize_least_squares
 
 Criterion = Literal["l1", "group_norm", "bn_scale"]
@@ -84,7 +86,7 @@ class Prune(Stage):
         images = {name: min(getattr(self, name), 32) for name in ("init_images", "recalibrate_images")}
         return self.model_copy(update=images)
 
-    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+    def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
         """The pruned architecture, where it does not depend on the weights."""
         spec = start_of(inputs, info, "the network to prune")
         if self.sparsity is not None:
@@ -104,7 +106,9 @@ class Prune(Stage):
         """Prune, then estimate BatchNorm statistics anew; both steps are judged on the validation split."""
         given = context.inputs["from"]
         context.metrics.update(_named(context.validate(given), "before"))
-        if self.sparsity is None:
+        if self.sparsity is None and isinstance(given.spec, TracedSpec):
+            network = self._pruned_foreign(given.cpu(), given.spec, context)
+        elif self.sparsity is None:
             self._check(given.spec)
             network = self._pruned(given.cpu())
             if self.init == "least_squares":
@@ -117,7 +121,25 @@ class Prune(Stage):
             estimate_norms(network, context.images(self.recalibrate_images), context.data.settings.batch_size)
         return network.eval().requires_grad_(False)
 
-    def _check(self, spec: NetworkSpec) -> None:
+    def _pruned_foreign(self, given: BlockNetwork, spec: TracedSpec, context: Context) -> BlockNetwork:
+        pruning = ForeignPruning.of(given, spec, self.scope, self.criterion)
+        ratio = self.ratio or self._smallest_ratio(
+            cost_of(spec).macs,
+            lambda ratio: (
+                cost_of(pruning.spec(pruning.removed(self._channels_left(pruning.scores, ratio)))).macs
+            ),
+        )
+        removed = pruning.removed(self._channels_left(pruning.scores, ratio))
+        network = pruning.without(removed)
+        if self.init == "least_squares":
+            images = context.images(self.init_images).cpu()
+            solve_pruned(network, given, removed, images, context.seed)
+        return network
+
+    def _check(self, spec: AnySpec) -> None:
+        if isinstance(spec, TracedSpec):
+            prunable_groups(spec, self.scope)
+            return
         units = [unit for block in spec.blocks for unit in block.units]
         if self.criterion == "bn_scale" and not any(
             layer.norm for unit in units for layer in layers_of(unit)
@@ -132,7 +154,7 @@ class Prune(Stage):
                 "use scope=interior, or network.shortcut=B"
             )
 
-    def _uniform_ratio(self, spec: NetworkSpec) -> float:
+    def _uniform_ratio(self, spec: AnySpec) -> float:
         if self.ratio is not None:
             return self.ratio
         return self._smallest_ratio(
@@ -259,8 +281,11 @@ def _left(channels: int, ratio: float, round_to: int) -> int:
     return min(channels, max(round_to, math.floor((1 - ratio) * channels / round_to + 0.5) * round_to))
 
 
-def _narrowed(spec: NetworkSpec, ratio: float, round_to: int) -> NetworkSpec:
+def _narrowed(spec: AnySpec, ratio: float, round_to: int) -> AnySpec:
     """What uniform pruning of the interior leaves, from the spec alone."""
+    if isinstance(spec, TracedSpec):
+        groups = prunable_groups(spec, "interior")
+        return narrowed_by_count(spec, groups, lambda channels: _left(channels, ratio, round_to))
 
     def path(layers: tuple[ConvSpec, ...]) -> tuple[ConvSpec, ...]:
         channels, narrowed = layers[0].in_channels, []
@@ -286,7 +311,7 @@ def _narrowed(spec: NetworkSpec, ratio: float, round_to: int) -> NetworkSpec:
 
 def _interfaces(network: BlockNetwork) -> Iterator[nn.Module]:
     """The layers whose outputs are an interface: the stem's, every unit's last, shortcuts, logits."""
-    yield from (layer.conv for layer in network.stem if isinstance(layer, ConvLayer))
+    yield from (layer.conv for layer in network.stem.children() if isinstance(layer, ConvLayer))
     for unit in (unit for block in network.blocks for unit in block.children()):
         yield path_of(unit)[-1].conv
         if isinstance(unit, Residual) and isinstance(unit.shortcut, ConvLayer):

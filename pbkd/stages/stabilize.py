@@ -11,7 +11,7 @@ from pydantic import PositiveInt
 from pbkd.data import DataInfo
 from pbkd.engine import OptimizerSettings, Row, Task
 from pbkd.errors import UserError
-from pbkd.networks import BlockNetwork, NetworkSpec
+from pbkd.networks import AnySpec, BlockNetwork
 from pbkd.stages.base import Context, Role, TrainingStage, label_objective, start_of
 
 
@@ -30,7 +30,7 @@ class Stabilize(TrainingStage):
     optimizer: OptimizerSettings = OptimizerSettings(weight_decay=0.0)
     patience: PositiveInt | None = None
 
-    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+    def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
         """The architecture does not change."""
         if self.patience is not None and not info.has_val:
             raise UserError(

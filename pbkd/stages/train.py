@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import NonNegativeInt, model_validator
 
 from pbkd.data import DataInfo
 from pbkd.engine import Mask, Task
-from pbkd.networks import BlockNetwork, NetworkSettings, NetworkSpec, architecture, fresh
+from pbkd.networks import AnyNetworkSettings, AnySpec, BlockNetwork, ForeignSettings, architecture, fresh
 from pbkd.stages.base import SMOKE_STEPS, Context, Role, TrainingStage, label_objective, start_of
 
 
@@ -29,7 +29,7 @@ class Train(TrainingStage):
     """
 
     kind: Literal["train"] = "train"
-    network: NetworkSettings | None = None
+    network: AnyNetworkSettings | None = None
     weights: Literal["fresh", "keep"] = "fresh"
     rewind: NonNegativeInt | None = None
     keep_zeros: bool = False
@@ -49,11 +49,18 @@ class Train(TrainingStage):
         rewind = None if self.rewind is None else min(self.rewind, SMOKE_STEPS // 2)
         return super().smoke().model_copy(update={"rewind": rewind})
 
+    def semantic(self) -> dict[str, Any]:
+        """The user's own code counts by its content."""
+        settings = super().semantic()
+        if isinstance(self.network, ForeignSettings) and (code := self.network.code_digest()) is not None:
+            settings["code"] = code
+        return settings
+
     def needs_from(self) -> bool:
         """Only without a named architecture."""
         return self.network is None
 
-    def plan(self, inputs: Mapping[Role, NetworkSpec], info: DataInfo) -> NetworkSpec:
+    def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
         """The named architecture, or that of `from`."""
         if self.network is None:
             return start_of(inputs, info, "the network to train")

@@ -7,7 +7,8 @@ from pbkd.students.initialize import (
     initialize_kaiming,
     initialize_least_squares,
 )
-from pbkd.students.receptive_field import ReceptiveField, receptive_field
+from pbkd.students.narrow import narrow_block, narrowable_blocks, narrowed_copy, solve, start_narrowed
+from pbkd.students.receptive_field import ReceptiveField, receptive_field, traced_receptive_field
 
 __all__ = [
     "Init",
@@ -16,6 +17,12 @@ __all__ = [
     "initialize_inherit",
     "initialize_kaiming",
     "initialize_least_squares",
+    "narrow_block",
+    "narrowable_blocks",
+    "narrowed_copy",
     "receptive_field",
+    "solve",
+    "start_narrowed",
     "student_block",
+    "traced_receptive_field",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 ROWS_PER_CHUNK = 1 << 15
+MAX_ROWS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class Regression:
         directions = torch.linalg.eigh(predicted).eigenvectors[:, -rank:]
         inner = weights @ directions
         return inner, directions.T, self.target_mean - self.input_mean @ inner @ directions.T
+
+    def through_origin(self) -> Regression:
+        """The same for a map without bias."""
+        zero_input, zero_target = torch.zeros_like(self.input_mean), torch.zeros_like(self.target_mean)
+        return Regression(
+            gram=self.gram + torch.outer(self.input_mean, self.input_mean),
+            cross=self.cross + torch.outer(self.input_mean, self.target_mean),
+            input_mean=zero_input,
+            target_mean=zero_target,
+        )
 
     def _solve(self, ridge: float) -> Tensor:
         size = len(self.gram)
@@ -89,6 +100,33 @@ def regression(inputs: Tensor, targets: Tensor, conv: nn.Conv2d, max_rows: int, 
         input_mean=input_mean,
         target_mean=target_mean,
     )
+
+
+def set_affine(
+    layer: nn.Conv2d | nn.Linear, norm: nn.BatchNorm2d | None, weights: Tensor, bias: Tensor, inputs: Tensor
+) -> None:
+    """Make `layer` and the `norm` behind it compute the map that was solved, in place.
+
+    Args:
+        layer: its weight becomes `weights` (D, O); without norm its bias, if it has one, becomes `bias` (O,).
+        norm: takes the statistics that `layer` has on `inputs`, and undoes itself.
+        weights, bias: as `Regression.solve` gives them.
+        inputs: what the layer gets.
+    """
+    layer.weight.copy_(weights.T.reshape(layer.weight.shape))
+    if norm is None:
+        if layer.bias is not None:
+            layer.bias.copy_(bias)
+        return
+    if layer.bias is not None:
+        layer.bias.zero_()
+    outputs = layer(inputs)
+    assert norm.running_mean is not None and norm.running_var is not None
+    variance, mean = torch.var_mean(outputs, (0, 2, 3), correction=0)
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+    norm.weight.copy_((variance + norm.eps).sqrt())
+    norm.bias.copy_(mean + bias)
 
 
 def explaining_channels(activations: Tensor, importance: Tensor, count: int) -> Tensor:

@@ -15,10 +15,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pbkd.networks.block_network import ConvLayer, Residual, path_of
 from pbkd.networks.weights import initialize_fresh
-from pbkd.students.closed_form import explaining_channels, regression
+from pbkd.students.closed_form import MAX_ROWS, explaining_channels, regression, set_affine
 
 Init = Literal["kaiming", "inherit", "least_squares"]
-MAX_ROWS = 1 << 17
 
 
 def initialize_kaiming(student: nn.Module, seed: int) -> None:
@@ -135,21 +134,7 @@ def _solve_last_two(
 
 def _set_layer(layer: ConvLayer, weights: Tensor, bias: Tensor, inputs: Tensor) -> None:
     """Make `layer` compute conv(x) + bias; its BatchNorm takes the statistics of `inputs`."""
-    conv = layer.conv
-    conv.weight.copy_(weights.T.reshape(conv.weight.shape))
-    if not hasattr(layer, "norm"):
-        assert conv.bias is not None
-        conv.bias.copy_(bias)
-        return
-    if conv.bias is not None:
-        conv.bias.zero_()
-    norm, outputs = layer.norm, conv(inputs)
-    assert norm.running_mean is not None and norm.running_var is not None
-    variance, mean = torch.var_mean(outputs, (0, 2, 3), correction=0)
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
-    norm.weight.copy_((variance + norm.eps).sqrt())
-    norm.bias.copy_(mean + bias)
+    set_affine(layer.conv, layer.norm if hasattr(layer, "norm") else None, weights, bias, inputs)
 
 
 def _without_relu(layer: ConvLayer, x: Tensor) -> Tensor:

@@ -1,0 +1,198 @@
+"""Networks that are not ours: built by torchvision, by timm, or by a function of the user's."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from pbkd.errors import UserError
+from pbkd.networks.spec import Scalar
+from pbkd.torchvision_compat import import_torchvision
+
+ALLOW_IMPORT = "PBKD_ALLOW_IMPORT"
+LIBRARIES = ("torchvision", "timm")
+
+
+class ForeignSettings(BaseModel):
+    """A network of a library or of the user's own.
+
+    Attributes:
+        arch: `torchvision/NAME`, `timm/NAME`, or `package.module:function`, which gives the module and is
+            imported only where `--allow-import` said so.
+        cuts: where blocks end: paths of modules; null: where the resolution changes.
+        arguments: of the library's builder or the function, beside the classes.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arch: str
+    cuts: tuple[str, ...] | None = Field(default=None, min_length=1)
+    arguments: dict[str, Scalar] = {}
+
+    def code_digest(self) -> str | None:
+        """sha256 of the user's file that `arch` names, for stage keys; a library counts by its name.
+
+        Raises:
+            UserError: it may not or cannot be imported.
+        """
+        if ":" not in self.arch:
+            return None
+        file = _imported(self.arch).__file__
+        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def is_foreign(arch: str) -> bool:
+    """Whether `arch` names a network of a library or of the user's, not one of `pbkd.networks.zoo`."""
+    return "/" in arch or ":" in arch
+
+
+def allow_import() -> None:
+    """Let this process, and those it starts, import the modules that `package.module:function` names."""
+    os.environ[ALLOW_IMPORT] = "1"
+
+
+def build_module(
+    arch: str, arguments: Mapping[str, Scalar], input_shape: tuple[int, int, int], num_classes: int
+) -> nn.Module:
+    """The module that `arch` names, on torch's current default device, with its builder's own weights.
+
+    Raises:
+        UserError: no such network, the builder fails, or the module may not be imported.
+    """
+    if ":" in arch:
+        build: Callable[..., Any] = _function(arch)
+        offered = {"num_classes": num_classes, "input_shape": input_shape}
+        accepted = inspect.signature(build).parameters
+        given = {name: value for name, value in offered.items() if name in accepted}
+    else:
+        library, _, name = arch.partition("/")
+        _check_known(library, name)
+        given = {"num_classes": num_classes}
+        if library == "timm":
+            build = _timm().create_model
+            given |= {"model_name": name, "pretrained": False, "in_chans": input_shape[0]}
+        else:
+            build = _torchvision_models().get_model
+            given |= {"name": name, "weights": None}
+    try:
+        module = build(**(given | dict(arguments)))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"network {arch}: its builder fails: {_first_line(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise UserError(f"network {arch}: gives a {type(module).__name__}, expected a torch.nn.Module")
+    return module
+
+
+def pretrained_name(arch: str) -> str:
+    """What the library's own weights of `arch` are called; identifies them in stage keys.
+
+    Raises:
+        UserError: there are none.
+    """
+    library, _, name = arch.partition("/")
+    if library == "torchvision":
+        _check_known(library, name)
+        return str(_torchvision_models().get_model_weights(name)["DEFAULT"].url)
+    if library == "timm":
+        _check_known(library, name)
+        configuration = _timm().get_pretrained_cfg(name)
+        if configuration is not None and configuration.has_weights:
+            return f"timm/{configuration.architecture}.{configuration.tag}"
+    raise UserError(f"pretrained: {arch} comes without weights of its own; give weights: FILE.safetensors")
+
+
+def pretrained_tensors(arch: str) -> dict[str, Tensor]:
+    """The library's own weights of `arch`, downloaded unless they are cached.
+
+    Raises:
+        UserError: they cannot be had.
+    """
+    wanted = pretrained_name(arch)
+    library, _, name = arch.partition("/")
+    try:
+        if library == "torchvision":
+            weights = _torchvision_models().get_model_weights(name)["DEFAULT"]
+            return cast(dict[str, Tensor], weights.get_state_dict(progress=False, check_hash=True))
+        network = cast(nn.Module, _timm().create_model(name, pretrained=True))
+    except (OSError, RuntimeError, ValueError) as error:  # what urllib, torch.hub and huggingface_hub raise
+        raise UserError(
+            f"pretrained: {wanted} cannot be had ({_first_line(error)}); where there is no network, give a "
+            "file: weights: FILE.safetensors, or a state_dict that torch.save wrote"
+        ) from error
+    return network.state_dict()
+
+
+def known_names(library: str) -> list[str]:
+    """The classifiers of `library`."""
+    if library == "timm":
+        return list(_timm().list_models())
+    models = _torchvision_models()
+    return list(models.list_models(module=models))
+
+
+def _check_known(library: str, name: str) -> None:
+    if library not in LIBRARIES:
+        raise UserError(
+            f"network.arch: unknown library '{library}'; it is torchvision/NAME, timm/NAME, one of ours, or "
+            "package.module:function"
+        )
+    names = known_names(library)
+    if name.partition(".")[0] in names:  # timm writes NAME.WEIGHTS
+        return
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean '{library}/{near[0]}'?" if near else ""
+    raise UserError(f"network.arch: {library} has no network '{name}'{hint}")
+
+
+def _function(arch: str) -> Callable[..., Any]:
+    name = arch.partition(":")[2]
+    found = getattr(_imported(arch), name, None)
+    if not callable(found):
+        raise UserError(f"network {arch}: its module has no function '{name}'")
+    return cast(Callable[..., Any], found)
+
+
+def _imported(arch: str) -> ModuleType:
+    module = arch.partition(":")[0]
+    if os.environ.get(ALLOW_IMPORT) != "1":
+        raise UserError(
+            f"network {arch}: needs your code, which is imported only if you say so: add --allow-import, or "
+            f"set {ALLOW_IMPORT}=1"
+        )
+    if (here := str(Path.cwd())) not in sys.path:  # as `python -m` does
+        sys.path.append(here)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"network {arch}: {module} cannot be imported ({_first_line(error)}); it is looked for here and "
+            "on PYTHONPATH"
+        ) from error
+
+
+def _torchvision_models() -> Any:
+    import_torchvision()
+    return importlib.import_module("torchvision.models")
+
+
+def _timm() -> Any:
+    import_torchvision()  # which timm imports
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise UserError("network.arch: timm is not installed; pip install 'pbkd[timm]'") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,210 @@
+"""A foreign network in the form of ours: stem, blocks and classifier, cut from its traced graph."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from pbkd.errors import UserError
+from pbkd.networks.builders import ForeignSettings
+from pbkd.networks.cuts import automatic_cuts, cut_name, named_cuts
+from pbkd.networks.spec import TracedPart, TracedSpec
+from pbkd.networks.trace import Reference, Trace, last_linear, trace
+
+_traced = lru_cache(maxsize=64)(trace)
+
+
+def partition(settings: ForeignSettings, input_shape: tuple[int, int, int], num_classes: int) -> TracedSpec:
+    """The spec of a foreign network for images of `input_shape` (C, H, W).
+
+    Raises:
+        UserError: it is unknown, cannot be traced, or a cut does not exist; see `trace`.
+    """
+    reference = Reference(settings.arch, tuple(sorted(settings.arguments.items())), input_shape, num_classes)
+    traced = _traced(reference)
+    cuts = automatic_cuts(traced) if settings.cuts is None else named_cuts(traced, settings.cuts)
+    ends, before = [], cuts.stem
+    for end in cuts.blocks:
+        ends.append(TracedPart(end=cut_name(traced, before, end)))
+        before = end
+    return TracedSpec(
+        arch=reference.arch,
+        arguments=reference.arguments,
+        input_shape=input_shape,
+        num_classes=num_classes,
+        stem=None if cuts.stem is None else TracedPart(end=cut_name(traced, None, cuts.stem)),
+        blocks=tuple(ends),
+        classifier=TracedPart(end="output"),
+    )
+
+
+def traced_of(spec: TracedSpec) -> Trace:
+    """The trace of the network that `spec` partitions."""
+    return _traced(Reference.of(spec))
+
+
+def original_on_meta(spec: TracedSpec) -> nn.Module:
+    """The network before it was partitioned and narrowed, without memory for its weights."""
+    return copy.deepcopy(traced_of(spec).module)
+
+
+def original_empty(spec: TracedSpec) -> nn.Module:
+    """The network before it was partitioned and narrowed, on the CPU, its weights undefined."""
+    module = original_on_meta(spec)
+    kept = module.state_dict().keys()
+    computed = {name for name, _ in module.named_buffers()} - kept
+    loose = any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
+    if computed or loose:  # which no file holds: only the builder knows them
+        return Reference.of(spec).build()
+    return module.to_empty(device="cpu")
+
+
+def original_fresh(spec: TracedSpec, seed: int) -> nn.Module:
+    """The network before it was partitioned and narrowed, on the CPU, with its builder's random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Reference.of(spec).build()
+
+
+def parts_of(spec: TracedSpec, original: nn.Module) -> tuple[nn.Module, list[nn.Module], nn.Sequential]:
+    """Stem, blocks and classifier made of the modules of `original`, which are narrowed in place.
+
+    Tensors that are narrower than in the original keep its leading entries. The classifier's last child is
+    the linear layer that gives the logits. Tensors have their names in the original, behind the part's.
+
+    Raises:
+        UserError: see `trace`; or the spec was cut by another version of the library.
+    """
+    stem_graph, *graphs = _graphs(traced_of(spec), spec)
+    narrow(original, {name: shape for part in parts_in(spec) for name, shape in part.shapes})
+    stem = nn.Identity() if stem_graph is None else fx.GraphModule(original, stem_graph)
+    *blocks, head, linear = (fx.GraphModule(original, graph) for graph in graphs if graph is not None)
+    return stem, [*blocks], nn.Sequential(OrderedDict(head=head, linear=linear))
+
+
+def parts_in(spec: TracedSpec) -> tuple[TracedPart, ...]:
+    """All parts of a spec, in order."""
+    return (*((spec.stem,) if spec.stem is not None else ()), *spec.blocks, spec.classifier)
+
+
+def original_name(name: str) -> str:
+    """The name in the original network of a tensor of the partitioned one."""
+    depth = {"stem": 1, "blocks": 2, "classifier": 2}[name.partition(".")[0]]
+    return name.split(".", depth)[depth]
+
+
+def narrow(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Cut the tensors in `shapes`, by name, to their leading entries, in place; layers know of it."""
+    touched: dict[str, nn.Module] = {}
+    for name, shape in shapes.items():
+        path, _, tensor = name.rpartition(".")
+        owner = touched.setdefault(path, module.get_submodule(path))
+        replace_tensor(owner, tensor, getattr(owner, tensor)[tuple(slice(size) for size in shape)])
+    for owner in touched.values():
+        count_channels(owner)
+
+
+def replace_tensor(owner: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a copy of `tensor` in the place of a parameter or buffer."""
+    old = getattr(owner, name)
+    new = tensor.detach().clone()
+    setattr(owner, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def count_channels(layer: nn.Module) -> None:
+    """Let a layer's numbers of channels be those of its tensors, in place."""
+    weight = getattr(layer, "weight", None)
+    if isinstance(layer, nn.Conv2d):
+        if is_depthwise(layer):
+            layer.groups = layer.weight.shape[0]
+        layer.out_channels, layer.in_channels = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, _NormBase):
+        tensor = weight if weight is not None else layer.running_mean
+        assert tensor is not None, "a norm without tensors is not in the table"
+        layer.num_features = len(tensor)
+    elif isinstance(layer, nn.LayerNorm):
+        layer.normalized_shape = tuple(layer.weight.shape)
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_channels = len(layer.weight)
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = len(layer.weight)
+
+
+def is_depthwise(layer: nn.Conv2d) -> bool:
+    """Whether each output channel sees one input channel, and each input channel has one output."""
+    return 1 < layer.groups == layer.out_channels == layer.in_channels
+
+
+@torch.inference_mode()
+def is_exact(spec: TracedSpec, seed: int = 0) -> bool:
+    """Whether the parts of `spec`, as it was cut, give bit for bit what the original gives, in eval mode."""
+    module = original_empty(spec).eval()
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(1 << 16, generator=generator)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():  # gains and variances about 1, filters of about unit norm
+            fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
+            repeated = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view_as(tensor)
+            tensor.copy_(repeated * fan_in**-0.5 if fan_in else repeated.sigmoid() + 0.5)
+    images = torch.randn(1, *spec.input_shape, generator=generator)
+    expected = module(images)
+    stem, blocks, classifier = parts_of(unnarrowed(spec), module)
+    return torch.equal(nn.Sequential(stem, *blocks, classifier).eval()(images), expected)
+
+
+def unnarrowed(spec: TracedSpec) -> TracedSpec:
+    """The spec with the original's channels everywhere."""
+    wide = {"shapes": ()}
+    return spec.model_copy(
+        update={
+            "stem": None if spec.stem is None else spec.stem.model_copy(update=wide),
+            "blocks": tuple(block.model_copy(update=wide) for block in spec.blocks),
+            "classifier": spec.classifier.model_copy(update=wide),
+        }
+    )
+
+
+def _graphs(traced: Trace, spec: TracedSpec) -> list[fx.Graph | None]:
+    """Of the stem (None: there is none), the blocks, the classifier's head and its last linear layer."""
+    last = last_linear(traced.module, traced.graph)
+    assert last is not None, "checked when it was traced"
+    ends = [traced.places.get(part.end) for part in parts_in(spec)[:-1]]
+    if any(end not in traced.points for end in ends):
+        raise UserError(
+            f"network {spec.arch}: its blocks end at {', '.join(part.end for part in spec.blocks)}, which it "
+            "does not have here; use the version of its library that it was made with"
+        )
+    graphs: list[fx.Graph | None] = [] if spec.stem is not None else [None]
+    before: fx.Node | None = None
+    penultimate = last.all_input_nodes[0]
+    for end in [*ends, penultimate, last]:
+        assert end is not None
+        graphs.append(_segment(traced, before, end))
+        before = end
+    return graphs
+
+
+def _segment(traced: Trace, before: fx.Node | None, end: fx.Node) -> fx.Graph:
+    """The graph from behind `before` (None: the images) to `end`, as that of a network of its own."""
+    graph = fx.Graph()
+    start = next(iter(traced.graph.nodes)) if before is None else before
+    copies = {start: graph.placeholder("x")}
+
+    def copy_of(node: fx.Node) -> fx.Node:
+        if node not in copies and node.op == "get_attr":  # weights fetched by a part before this one
+            copies[node] = graph.node_copy(node)
+        return copies[node]
+
+    for node in traced.between(before, end):
+        if node.op != "get_attr":
+            copies[node] = graph.node_copy(node, copy_of)
+    graph.output(copies[end])
+    return graph

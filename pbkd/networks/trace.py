@@ -1,0 +1,352 @@
+"""The computation of a foreign network as a graph (torch.fx): where a single tensor passes."""
+
+from __future__ import annotations
+
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pbkd.errors import UserError
+from pbkd.networks.builders import build_module
+from pbkd.networks.spec import Scalar, TracedSpec
+
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+_ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_ADAPTIVE_FUNCTIONS = (nn.functional.adaptive_avg_pool2d, nn.functional.adaptive_max_pool2d)
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a foreign network is built from; the same reference always gives the same graph."""
+
+    arch: str
+    arguments: tuple[tuple[str, Scalar], ...]
+    input_shape: tuple[int, int, int]
+    num_classes: int
+
+    @classmethod
+    def of(cls, spec: TracedSpec) -> Reference:
+        """That of a spec."""
+        return cls(spec.arch, spec.arguments, spec.input_shape, spec.num_classes)
+
+    def build(self) -> nn.Module:
+        """The original module on the current default device; nothing in it works in place.
+
+        Raises:
+            UserError: see `build_module`.
+        """
+        module = build_module(self.arch, dict(self.arguments), self.input_shape, self.num_classes)
+        for part in module.modules():
+            if getattr(part, "inplace", False) is True:
+                part.inplace = False  # type: ignore[assignment]  # a flag, whatever torch declares
+        return module
+
+    def build_meta(self) -> nn.Module:
+        """The same without memory for its weights."""
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except (RuntimeError, NotImplementedError):  # a builder that computes with numbers
+            return self.build().to("meta")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A foreign network's graph.
+
+    Attributes:
+        reference: what was traced.
+        module: the original on the meta device; the nodes' targets are its modules.
+        graph: from the images to the logits, in the order of execution.
+        shapes: of each node that gives a tensor, for one image.
+        points: nodes that are a single tensor on which alone all that follows depends, in order.
+        features: the points at which a block may end: maps (1, C, H, W) before the classifier.
+        places: path of a module, or name of an operation -> the node at which it ends for the last time.
+    """
+
+    reference: Reference
+    module: nn.Module
+    graph: fx.Graph
+    shapes: Mapping[fx.Node, Shape]
+    points: tuple[fx.Node, ...]
+    features: tuple[fx.Node, ...]
+    places: Mapping[str, fx.Node]
+
+    def layers(self, nodes: Iterable[fx.Node]) -> list[nn.Conv2d | nn.Linear]:
+        """The convolutions and linear layers that `nodes` run."""
+        return [
+            part
+            for node in nodes
+            if node.op == "call_module"
+            for part in self.module.get_submodule(str(node.target)).modules()
+            if isinstance(part, nn.Conv2d | nn.Linear)
+        ]
+
+    def depth(self, nodes: Iterable[fx.Node]) -> int:
+        """How many of these layers the longest path through `nodes` passes."""
+        depths: dict[fx.Node, int] = {}
+        for node in nodes:
+            own = len(self.layers([node]))
+            depths[node] = own + max((depths.get(given, 0) for given in node.all_input_nodes), default=0)
+        return max(depths.values(), default=0)
+
+    def between(self, before: fx.Node | None, end: fx.Node) -> list[fx.Node]:
+        """The nodes behind `before` (None: the images) up to `end`, included."""
+        nodes = list(self.graph.nodes)
+        first = 1 if before is None else nodes.index(before) + 1
+        return nodes[first : nodes.index(end) + 1]
+
+
+def trace(reference: Reference) -> Trace:
+    """Trace the network of `reference` on the meta device, in eval mode.
+
+    Raises:
+        UserError: it cannot be traced, has several inputs or outputs, is no classifier or one of other
+            classes, or does not take images of this shape; names the network, the module and the cure.
+    """
+    module = reference.build_meta().eval()
+    tracer = _Tracer()
+    try:
+        _check_one_input(module, reference.arch)
+        graph = tracer.trace(module)
+    except UserError:
+        raise
+    except Exception as error:  # the user's forward may raise anything when it is traced
+        raise UserError(
+            f"network {reference.arch}: {type(module).__name__}.forward cannot be traced: {_reason(error)}\n"
+            "put what depends on the values of tensors into a module of its own, which then stays whole"
+        ) from error
+    _check_one_output(graph, reference.arch)
+    _simplify(module, graph)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    shapes = _shapes(module, graph, reference)
+    _check_classifier(module, graph, shapes, reference)
+    points = _points(graph, shapes)
+    return Trace(
+        reference, module, graph, shapes, points, _features(module, graph, shapes, points), _places(graph)
+    )
+
+
+class _Tracer(fx.Tracer):
+    """Traces into modules made of others; a module that cannot be traced stays whole."""
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Images alone; all other arguments keep their defaults."""
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Modules without parts, and norms: traced in eval mode, they would stay in it for good."""
+        return not any(True for _ in m.children()) or isinstance(m, _BatchNorm)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        last = next(iter(reversed(self.graph.nodes)))
+        stack = OrderedDict(self.module_stack)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except UserError:
+            raise
+        except Exception:  # whatever its forward raises when it gets no tensors
+            while (node := next(iter(reversed(self.graph.nodes)))) is not last:
+                self.graph.erase_node(node)
+            self.module_stack = stack
+            path = self.path_of_module(m)
+            if _single_tensor(args, kwargs):
+                return self.create_proxy("call_module", path, args, kwargs)
+            raise
+
+
+def _single_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return len(args) == 1 and isinstance(args[0], fx.Proxy) and not kwargs
+
+
+def _check_one_input(module: nn.Module, arch: str) -> None:
+    parameters = signature(module.forward).parameters.values()
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is Parameter.empty
+        and parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    ]
+    if len(needed) > 1:
+        raise UserError(
+            f"network {arch}: {type(module).__name__}.forward takes {len(needed)} inputs "
+            f"({', '.join(needed)}); wrap it in a module that takes images alone"
+        )
+
+
+def _check_one_output(graph: fx.Graph, arch: str) -> None:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    if not isinstance(output.args[0], fx.Node):
+        raise UserError(
+            f"network {arch}: gives {len(output.all_input_nodes)} tensors in a "
+            f"{type(output.args[0]).__name__}; wrap it in a module that gives the logits alone"
+        )
+
+
+def _simplify(module: nn.Module, graph: fx.Graph) -> None:
+    """Let no operation change a tensor that another part may look at; leave out those that do nothing."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _OUT_OF_PLACE.get(node.target, node.target)
+        if node.kwargs.get("inplace") is True:
+            node.kwargs = node.kwargs | {"inplace": False}
+        if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
+            node.replace_all_uses_with(node.args[0])
+
+
+class _ShapeRecorder(fx.Interpreter):
+    """Runs a graph and keeps the shape of what every node gives."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.shapes: dict[fx.Node, Shape] = {}
+        self.current: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run, and keep the shape."""
+        self.current = n
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+def _shapes(module: nn.Module, graph: fx.Graph, reference: Reference) -> dict[fx.Node, Shape]:
+    recorder = _ShapeRecorder(module, graph)
+    recorder.extra_traceback = False
+    image = torch.empty(1, *reference.input_shape, device="meta")
+    try:
+        with torch.no_grad():
+            result = recorder.run(image)
+    except Exception as error:  # the user's modules may raise anything
+        where = place_of(recorder.current) if recorder.current is not None else "its input"
+        size = "x".join(map(str, reference.input_shape))
+        raise UserError(
+            f"network {reference.arch}: fails at '{where}' on an image of {size}: {_reason(error)}"
+        ) from error
+    assert isinstance(result, Tensor)
+    return recorder.shapes
+
+
+def _check_classifier(
+    module: nn.Module, graph: fx.Graph, shapes: Mapping[fx.Node, Shape], reference: Reference
+) -> None:
+    last = last_linear(module, graph)
+    if last is None:
+        raise UserError(
+            f"network {reference.arch}: is no classifier that ends in a linear layer, but in "
+            f"'{place_of(_result(graph))}'; wrap it in a module that ends in one"
+        )
+    found = shapes[_result(graph)]
+    if found != (1, reference.num_classes):
+        raise UserError(
+            f"network {reference.arch}: gives logits of shape {found[1:]}, but the data have "
+            f"{reference.num_classes} classes; give its last layer, '{last.target}', as many outputs"
+        )
+
+
+def last_linear(module: nn.Module, graph: fx.Graph) -> fx.Node | None:
+    """The linear layer whose output is the logits, if that is what `graph` ends in."""
+    node = _result(graph)
+    is_linear = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Linear)
+    return node if is_linear else None
+
+
+def _result(graph: fx.Graph) -> fx.Node:
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    result = output.args[0]
+    assert isinstance(result, fx.Node)
+    return result
+
+
+def _points(graph: fx.Graph, shapes: Mapping[fx.Node, Shape]) -> tuple[fx.Node, ...]:
+    nodes = list(graph.nodes)
+    position = {node: index for index, node in enumerate(nodes)}
+    last_use = {node: max((position[user] for user in node.users), default=-1) for node in nodes}
+    points: list[fx.Node] = []
+    live: set[fx.Node] = set()
+    for index, node in enumerate(nodes[:-1]):
+        if node.op != "get_attr":  # a part may fetch the same weights again
+            live.add(node)
+        live = {other for other in live if last_use[other] > index}
+        if live == {node} and node.op != "placeholder" and node in shapes:
+            points.append(node)
+    return tuple(points)
+
+
+def _features(
+    module: nn.Module, graph: fx.Graph, shapes: Mapping[fx.Node, Shape], points: tuple[fx.Node, ...]
+) -> tuple[fx.Node, ...]:
+    """The points before the classifier: before the pooling behind the last kernel larger than 1x1."""
+    nodes = list(graph.nodes)
+    spatial = [
+        index
+        for index, node in enumerate(nodes)
+        if node.op == "call_module"
+        and any(
+            isinstance(part, nn.Conv2d) and max(part.kernel_size) > 1
+            for part in module.get_submodule(str(node.target)).modules()
+        )
+    ]
+    last = max(spatial, default=-1)
+    features: list[fx.Node] = []
+    size: Shape = shapes[nodes[0]][2:]
+    for point in points:
+        is_map = len(shapes[point]) == 4
+        if nodes.index(point) > last and (not is_map or _pools(module, point, size, shapes[point][2:])):
+            break
+        if is_map:
+            features.append(point)
+            size = shapes[point][2:]
+    return tuple(features)
+
+
+def _pools(module: nn.Module, node: fx.Node, before: Shape, after: Shape) -> bool:
+    if node.op == "call_module":
+        target = module.get_submodule(str(node.target))
+        if isinstance(target, _ADAPTIVE):
+            return True
+        if any(True for _ in target.parameters()):
+            return False
+    return node.target in _ADAPTIVE_FUNCTIONS or (after == (1, 1) and before != (1, 1))
+
+
+def paths_of(node: fx.Node) -> list[str]:
+    """The modules a node runs in, outermost first."""
+    stack: Mapping[str, Any] = node.meta.get("nn_module_stack", {})
+    paths = [path for path in (entry[0] for entry in stack.values()) if path]
+    if node.op == "call_module" and str(node.target) not in paths:
+        paths.append(str(node.target))
+    return paths
+
+
+def _places(graph: fx.Graph) -> dict[str, fx.Node]:
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    return {node.name: node for node in nodes} | {path: node for node in nodes for path in paths_of(node)}
+
+
+def place_of(node: fx.Node) -> str:
+    """The innermost module that `node` runs in, or its own name."""
+    return (paths_of(node) or [node.name])[-1]
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:160]
