@@ -162,7 +162,7 @@ def test_a_cifar_recipe_runs_in_small_on_the_real_data(name: str, tmp_path: Path
 def test_the_imagenette_recipe_runs_in_small_on_the_real_photographs(tmp_path: Path) -> None:
     if not (Path(os.environ["PBKD_DATA"]) / "imagenette").is_dir():
         pytest.skip("PBKD_DATA has no imagenette")
-    small = ("smoke=true", "compute.executor=local", "data.image_size=64")
+    small = ("smoke=true", "compute.executor=local")
     report = run(_recipe("imagenette_resnet18"), *small, "--store", with_database(tmp_path))
     assert set(states(report).values()) == {"ran"}
 
