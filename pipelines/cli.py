@@ -82,17 +82,18 @@ def run(
     console = Console(stderr=True)
     logging.getLogger().addHandler(LogLines(console))
     try:
-        loaded = load_recipe(recipe, overrides or [])
-        opened = _existing(store)
-        graph = _graph(recipe, loaded, opened, until)
-        require_keys(graph)
-        if opened is None:  # made only now: a mistake leaves nothing behind
-            require_machine(graph.recipe.compute)
-            opened = Store(store)
-        display = LiveDisplay(console, graph) if console.is_terminal else PlainDisplay(console)
-        # Stdout is for the result: Ray prints there, whatever it is told, that a worker has died.
-        with stopping(), redirect_stdout(sys.stderr), display:
-            result = run_pipeline(graph, opened, display)
+        with stopping():
+            loaded = load_recipe(recipe, overrides or [])
+            opened = _existing(store)
+            graph = _graph(recipe, loaded, opened, until)
+            require_keys(graph)
+            if opened is None:  # made only now: a mistake leaves nothing behind
+                require_machine(graph.recipe.compute)
+                opened = Store(store)
+            display = LiveDisplay(console, graph) if console.is_terminal else PlainDisplay(console)
+            # Stdout is for the result: Ray prints there, whatever it is told, that a worker has died.
+            with redirect_stdout(sys.stderr), display:
+                result = run_pipeline(graph, opened, display)
     except Stop as stop:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(stop.code) from None

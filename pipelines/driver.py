@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 from pbkd.errors import StageError
 from pipelines.executors import Executor
 from pipelines.graph import Graph, Node, finished, pipeline_id
-from pipelines.jobs import Job, StageJob, failure, job_name, processor, versions
+from pipelines.jobs import PROGRESS, Job, StageJob, failure, job_name, processor, versions
 from pipelines.journal import Journal
 from pipelines.lease import Heartbeat, Lease, LeaseWatcher, try_acquire
 from pipelines.schedule import next_chain
@@ -21,6 +21,7 @@ from pipelines.store import Manifest, Store
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+STOP_SECONDS = 10.0
 END_SECONDS = 20.0
 Outcome = Literal["ran", "reused"]
 
@@ -104,6 +105,11 @@ class Driver:
                     while self._running or not self.is_done:
                         self._launch(executor, heartbeat)
                         self._wait()
+                except KeyboardInterrupt:
+                    for lease in self._held.values():
+                        lease.ask_to_stop()
+                    wait(self._running, timeout=STOP_SECONDS)  # trainings end after a step, with a checkpoint
+                    raise
                 finally:
                     executor.close()
                     wait(self._running, timeout=END_SECONDS)  # of a run that failed or was stopped
@@ -226,9 +232,12 @@ class Driver:
 
     def _read_progress(self, node: Node) -> None:
         key = _key(node)
-        progress = Journal(self._store.root / "work" / key / "progress.jsonl")
+        progress = Journal(self._store.root / "work" / key / PROGRESS)
         rows, self._offsets[key] = progress.read(self._offsets.get(key, 0))
         for row in rows:
+            if "warning" in row:
+                log.warning("stage %s: %s", node.name, row["warning"])
+                continue
             self._display.progress(node, row)
             if row["step"] > self._steps.get(key, -1):
                 self._steps[key] = row["step"]

@@ -10,7 +10,8 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -19,12 +20,15 @@ from typing import Protocol
 import torch
 
 from pbkd.errors import StageError, UserError
+from pipelines.exhaustion import MORE_MEMORY
 from pipelines.jobs import GaveUp, Job, carry_out
 from pipelines.recipe import Compute
+from pipelines.signals import SIGNALS
 from pipelines.store import Store
 
 log = logging.getLogger(__name__)
 
+BEAT_SECONDS = 1.0
 GAVE_UP = 3
 """Exit code of a process that would fail again."""
 
@@ -85,8 +89,9 @@ class LocalExecutor:
 
     def run(self, job: Job, name: str) -> None:
         """Carry out `job` in spawned processes."""
-        # Ctrl-C reaches the whole process group. The driver ends its processes; they inherit this mask.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # They may reach the whole process group. The driver ends its processes; they inherit this mask.
+        resource_tracker.ensure_running()  # its start, which the first process would bring, unblocks them
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for _ in range(self._attempts):
             codes = self._attempt(job)
             if GAVE_UP in codes or not any(codes):
@@ -94,21 +99,26 @@ class LocalExecutor:
             if self._is_closed:
                 raise StageError(f"job {name} was ended")
             log.warning("a process of job %s died; it goes on from the last checkpoint", name)
-        raise StageError(f"job {name}: its processes died {self._attempts} times; what they printed is above")
+        reason = "what they printed is above"
+        if -signal.SIGKILL in codes:
+            reason = f"the last one was killed, which is what happens when memory runs out; {MORE_MEMORY}"
+        raise StageError(f"job {name}: its processes died {self._attempts} times; {reason}")
 
     def close(self) -> None:
         """End the processes that still run; `run` returns when they have ended."""
         with self._lock:
             self._is_closed = True
             for process in self._processes:
-                process.terminate()
+                process.kill()
 
     def _attempt(self, job: Job) -> list[int | None]:
         spawn = multiprocessing.get_context("spawn")
+        beats = spawn.RawArray("d", job.compute.workers)
         with tempfile.TemporaryDirectory(prefix="pbkd-") as folder:
             meeting = Path(folder) / "meeting"
             ranks = [
-                spawn.Process(target=_rank, args=(job, rank, meeting)) for rank in range(job.compute.workers)
+                spawn.Process(target=_rank, args=(job, rank, meeting, beats))
+                for rank in range(job.compute.workers)
             ]
             with self._lock:  # so that `close` sees all of them or none is started
                 if self._is_closed:
@@ -117,29 +127,41 @@ class LocalExecutor:
                     process.start()
                     self._processes.add(process)
             try:
-                _join(ranks)
+                _join(ranks, beats, job.compute.watchdog_seconds)
             finally:
                 with self._lock:
                     self._processes.difference_update(ranks)
         return [process.exitcode for process in ranks]
 
 
-def _join(ranks: Sequence[SpawnProcess]) -> None:
-    """Wait for all ranks; when one dies, the others would wait for it for ever and are ended."""
+def _join(ranks: Sequence[SpawnProcess], beats: Sequence[float], patience: float) -> None:
+    """Wait for all ranks; when one dies, the others would wait for it for ever and are ended.
+
+    One whose beat stands still for `patience` seconds, counted while this process runs, does not run: it is
+    ended.
+    """
     alive = list(ranks)
+    seen, silent = list(beats), [0.0] * len(ranks)
     while alive:
-        wait([process.sentinel for process in alive])
+        if not wait([process.sentinel for process in alive], BEAT_SECONDS):
+            for rank, process in enumerate(ranks):
+                has_begun_and_stands = 0.0 < beats[rank] == seen[rank]
+                silent[rank] = silent[rank] + BEAT_SECONDS if has_begun_and_stands else 0.0
+                seen[rank] = beats[rank]
+                if silent[rank] >= patience and process.is_alive():
+                    log.warning("process %d has not run for %g s and is ended", process.pid, patience)
+                    process.kill()
         alive = [process for process in alive if process.is_alive()]
         if any(process.exitcode for process in ranks):
             for process in alive:
-                process.terminate()
+                process.kill()
             for process in alive:
                 process.join()
             return
 
 
-def _rank(job: Job, rank: int, meeting: Path) -> None:
-    threading.Thread(target=_end_with_driver, daemon=True).start()
+def _rank(job: Job, rank: int, meeting: Path, beats: MutableSequence[float]) -> None:
+    threading.Thread(target=_end_with_driver, args=(beats, rank), daemon=True).start()
     if job.compute.workers > 1:
         backend = "nccl" if torch.cuda.is_available() and job.compute.device != "cpu" else "gloo"
         if backend == "nccl":
@@ -159,9 +181,14 @@ def _rank(job: Job, rank: int, meeting: Path) -> None:
             torch.distributed.destroy_process_group()
 
 
-def _end_with_driver() -> None:
-    """End this process when the driver is gone, as by `kill -9`: the next one works in the same folder."""
+def _end_with_driver(beats: MutableSequence[float], rank: int) -> None:
+    """End this process when the driver is gone, as by `kill -9`: the next one works in the same folder.
+
+    Until then, show the driver that this process runs.
+    """
     driver = multiprocessing.parent_process()
     assert driver is not None, "this is a spawned process"
-    driver.join()
+    while driver.is_alive():
+        beats[rank] += 1.0
+        driver.join(BEAT_SECONDS)
     os._exit(1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,17 +19,20 @@ from typing import Any
 import torch
 
 from pbkd import artifact
-from pbkd.data import DataSettings, open_data
-from pbkd.engine import LocalSession, Precision, keep_freed_memory
+from pbkd.data import Data, DataSettings, open_data
+from pbkd.engine import LocalSession, Precision, Stopped, keep_freed_memory
 from pbkd.errors import StageError, UserError
 from pbkd.networks import BlockNetwork
 from pbkd.stages import Context, Stage, StageResult, run_stage
+from pipelines.exhaustion import exhaustion
+from pipelines.guard import Guard
+from pipelines.journal import Journal
 from pipelines.lease import Fenced, Lease
 from pipelines.recipe import Compute
 from pipelines.store import Input, Manifest, Store
 
 PACKAGES = ("pbkd", "torch", "torchvision", "ray", "mlflow", "torch-pruning", "numpy", "safetensors")
-FAILURE = "failure.json"
+FAILURE, PROGRESS = "failure.json", "progress.jsonl"
 
 
 @dataclass(frozen=True)
@@ -73,30 +78,75 @@ def carry_out(job: Job, rank: int = 0) -> None:
     for item in job.stages:
         if store.manifest(item.key) is not None:
             continue
-        if not item.lease.is_current() or (store.work(item.key) / FAILURE).exists():
+        work = store.work(item.key)
+        if not item.lease.is_wanted() or (work / FAILURE).exists():
             return  # an earlier attempt, or another rank in it, gave up
         try:
             data = data or open_data(job.data, job.data_digest, store.root / "cache")
-            session = LocalSession(
-                store.work(item.key),
-                _device(compute),
-                rank,
-                compute.workers,
-                compute.checkpoint_seconds,
-                checkpoint_steps=compute.checkpoint_steps,
-            )
-            started = time.monotonic()
-            inputs = {given.role: _load(store, given.key) for given in item.inputs}
-            precision = Precision(precision=compute.precision, channels_last=compute.channels_last)
-            result = run_stage(item.stage, Context(session, inputs, data, item.seed, precision))
-            if rank == 0:
-                _publish(store, job, item, result, time.monotonic() - started)
+            with Guard(item.lease, compute.watchdog_seconds) as guard, _warnings_to(work, rank):
+                _carry_out(store, job, item, data, rank, guard)
             _barrier(compute.workers)
-        except Fenced as error:
+        except (Fenced, Stopped) as error:
             raise GaveUp from error
         except (UserError, StageError) as error:
-            _leave_failure(store.work(item.key), error)
+            _leave_failure(work, error)
             raise GaveUp from error
+        except (OSError, MemoryError, RuntimeError) as error:
+            if (reason := exhaustion(error)) is None:
+                raise
+            _leave_failure(work, StageError(reason))
+            raise GaveUp from error
+
+
+def _carry_out(store: Store, job: Job, item: StageJob, data: Data, rank: int, guard: Guard) -> None:
+    """Run one stage and, as rank 0, publish it."""
+    compute = job.compute
+    session = LocalSession(
+        store.work(item.key),
+        _device(compute),
+        rank,
+        compute.workers,
+        compute.checkpoint_seconds,
+        lambda: guard.step() and rank == 0,  # whose state is kept; without it the others cannot go on
+        compute.checkpoint_steps,
+        guard.pause,
+    )
+    started = time.monotonic()
+    inputs = {given.role: _load(store, given.key) for given in item.inputs}
+    precision = Precision(precision=compute.precision, channels_last=compute.channels_last)
+    result = run_stage(item.stage, Context(session, inputs, data, item.seed, precision))
+    if rank == 0:
+        _publish(store, job, item, result, time.monotonic() - started)
+
+
+@contextmanager
+def _warnings_to(work: Path, rank: int) -> Iterator[None]:
+    """Let rank 0's warnings reach the user through the stage's progress, from whatever machine."""
+    if rank != 0:
+        yield
+        return
+    handler = _ProgressHandler(Journal(work / PROGRESS))
+    loggers = [logging.getLogger(name) for name in ("pbkd", "pipelines")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+class _ProgressHandler(logging.Handler):
+    def __init__(self, progress: Journal) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append it; what cannot be written is logging's own to report."""
+        try:
+            self._progress.append({"type": "progress", "warning": record.getMessage()})
+        except OSError:
+            self.handleError(record)
 
 
 def failure(store: Store, key: str) -> Exception | None:

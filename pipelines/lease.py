@@ -78,11 +78,12 @@ class Generation:
     owner: Owner | None = None
     counter: int = -1
     released: bool = False
+    stopping: bool = False
 
 
 @dataclass
 class Lease:
-    """The right to work on `key`. A pickled copy can check `is_current`; only the original is renewed."""
+    """The right to work on `key`. A pickled copy can only be asked; the original is renewed and released."""
 
     folder: Path
     key: str
@@ -91,11 +92,24 @@ class Lease:
     owner: Owner
     counter: int = 0
     released: bool = False
+    stopping: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def is_current(self) -> bool:
         """True while no higher generation exists and this one is not released."""
+        return self._is_mine(read_newest(self.folder))
+
+    def is_wanted(self) -> bool:
+        """True while it is current and the owner has not asked the workers to stop."""
         newest = read_newest(self.folder)
+        return self._is_mine(newest) and not newest.stopping
+
+    def ask_to_stop(self) -> None:
+        """Let the workers, wherever they are, know that they are to keep their state and end."""
+        self.stopping = True
+        self.renew()
+
+    def _is_mine(self, newest: Generation) -> bool:
         return newest.number == self.generation and newest.token == self.token and not newest.released
 
     def renew(self) -> bool:
@@ -124,6 +138,7 @@ class Lease:
             "owner": asdict(self.owner),
             "counter": self.counter,
             "released": self.released,
+            "stopping": self.stopping,
         }
         return json.dumps(state).encode()
 
@@ -158,9 +173,8 @@ def read_newest(folder: Path) -> Generation:
         return Generation(0, released=True)
     try:
         state = json.loads((folder / f"{max(numbers):06d}.json").read_bytes())
-        return Generation(
-            max(numbers), state["token"], Owner(**state["owner"]), state["counter"], state["released"]
-        )
+        owner = Owner(**state.pop("owner"))
+        return Generation(max(numbers), owner=owner, **state)
     except FileNotFoundError:
         return Generation(0, released=True)  # a finished stage's, removed by `pbkd store gc` just now
     except (ValueError, KeyError, TypeError):

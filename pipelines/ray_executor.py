@@ -40,7 +40,7 @@ class RayExecutor:
             UserError: no cluster answers, or it can never give what a job asks for.
         """
         self._store = store
-        _connect(store)
+        _connect(store, compute)
         try:
             import ray
 
@@ -90,8 +90,10 @@ class RayExecutor:
         ray.shutdown()
 
 
-def _connect(store: Store) -> None:
-    for name, value in SETTINGS.items():
+def _connect(store: Store, compute: Compute) -> None:
+    # After how long Ray takes a worker that does not answer for lost; one that hangs ends itself (`Guard`).
+    patience = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(compute.watchdog_seconds)}
+    for name, value in (SETTINGS | patience).items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS", "local")
     options: dict[str, Any] = {}
@@ -105,7 +107,10 @@ def _connect(store: Store) -> None:
     _require_answer(address)
     import ray
 
-    before = signal.getsignal(signal.SIGTERM)
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    if is_main:
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # inherited: what is sent to the group is the driver's
     try:
         ray.init(
             address=address, namespace="pbkd", logging_level=logging.ERROR, log_to_driver=False, **options
@@ -118,8 +123,9 @@ def _connect(store: Store) -> None:
             ) from error
         raise _no_cluster(address, error) from error
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place
+        if is_main:
+            for number, handler in before.items():  # Ray puts its own in their place
+                signal.signal(number, handler)
 
 
 def _require_answer(address: str) -> None:

@@ -41,6 +41,7 @@ class Compute(Precision):
         max_failures: how often a job may lose a worker and go on.
         checkpoint_seconds: time between checkpoints of a training.
         checkpoint_steps: optimizer steps between them; whichever comes first. null: time alone decides.
+        watchdog_seconds: a worker that makes no step, or does not run, for so long is ended and replaced.
         measure_compiled: measure latency by torch.compile too, about half a minute for each architecture.
     """
 
@@ -53,6 +54,7 @@ class Compute(Precision):
     max_failures: NonNegativeInt = 3
     checkpoint_seconds: PositiveFloat = 60.0
     checkpoint_steps: PositiveInt | None = None
+    watchdog_seconds: PositiveFloat = 600.0
     measure_compiled: bool = False
 
     @property

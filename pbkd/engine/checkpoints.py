@@ -42,8 +42,6 @@ class CheckpointFolder:
         """
         final = self._place(state.step)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for abandoned in self.folder.glob(f"{PARTIAL}*"):  # by a crash: there is one writer at a time
-            shutil.rmtree(abandoned, ignore_errors=True)
         partial = self.folder / f"{PARTIAL}{uuid.uuid4().hex}"
         try:
             partial.mkdir()
@@ -63,6 +61,11 @@ class CheckpointFolder:
         for path in found:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
+
+    def clean(self) -> None:
+        """Remove what a crash left half written; for a new writer, before it begins."""
+        for abandoned in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
 
     def restore(self, *, warn: bool = True) -> State | None:
         """The newest sound checkpoint, or None; what is passed over for it is warned of in one line."""

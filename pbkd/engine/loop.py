@@ -71,6 +71,7 @@ def fit(
                 if training.step == steps:
                     break
             *between, row = training.end_epoch(steps_per_epoch)
+            session.pause()
             if validate is not None:
                 row.update(validate())
             training.history += [*between, row]

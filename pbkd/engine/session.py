@@ -40,6 +40,9 @@ class Session(Protocol):
     def should_stop(self) -> bool:
         """Whether the run has been asked to end; the loop then saves and raises `Stopped`."""
 
+    def pause(self) -> None:
+        """Hear that no step is under way until `should_stop` is asked again."""
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all ranks."""
 
@@ -61,7 +64,8 @@ class LocalSession:
         world_size: number of ranks; above 1, `torch.distributed` must be initialized.
         checkpoint_seconds: time between checkpoints.
         checkpoint_steps: optimizer steps between them; whichever comes first. None: time alone decides.
-        should_stop: asked at every step.
+        should_stop: asked before every step.
+        pause: told when no step is under way any more.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class LocalSession:
         checkpoint_seconds: float = 60.0,
         should_stop: Callable[[], bool] = lambda: False,
         checkpoint_steps: int | None = None,
+        pause: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._checkpoints = CheckpointFolder(folder) if folder else None
@@ -80,7 +85,7 @@ class LocalSession:
         self._progress = folder / "progress.jsonl" if folder else None
         self._seconds, self._steps = checkpoint_seconds, checkpoint_steps
         self._saved_at, self._saved_step = time.monotonic(), 0
-        self._should_stop = should_stop
+        self._should_stop, self._pause = should_stop, pause
 
     def report(self, row: Row) -> None:
         """Append the row to `progress.jsonl` (rank 0)."""
@@ -110,13 +115,21 @@ class LocalSession:
 
     def restore(self) -> State | None:
         """The newest sound checkpoint; rank 0 warns of the others."""
-        state = self._checkpoints.restore(warn=self.rank == 0) if self._checkpoints is not None else None
+        state = None
+        if self._checkpoints is not None:
+            if self.rank == 0:
+                self._checkpoints.clean()
+            state = self._checkpoints.restore(warn=self.rank == 0)
         self._saved_step = state.step if state is not None else 0
         return state
 
     def should_stop(self) -> bool:
         """Whether the run has been asked to end."""
         return self._should_stop()
+
+    def pause(self) -> None:
+        """Pass it on."""
+        self._pause()
 
     def sum(self, values: Tensor) -> Tensor:
         """All-reduce in place."""

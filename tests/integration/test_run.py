@@ -150,17 +150,23 @@ def test_a_lost_mlflow_is_completed_by_typing_the_command_again(
     )
 
 
-@pytest.mark.parametrize(("executor", "number"), [(RAY, signal.SIGTERM), (LOCAL, signal.SIGINT)])
-def test_a_stopped_run_leaves_no_process_and_no_lease_and_says_how_to_go_on(
+STOPS = [(RAY, signal.SIGTERM), (LOCAL, signal.SIGINT), (LOCAL, signal.SIGTERM), (LOCAL, signal.SIGUSR2)]
+
+
+@pytest.mark.parametrize(("executor", "number"), STOPS)
+def test_a_stopped_run_keeps_its_state_leaves_no_process_and_no_lease_and_says_how_to_go_on(
     executor: str, number: signal.Signals, tmp_path: Path
 ) -> None:
     with_database(tmp_path)
-    with pbkd("run", SMALL, executor, "stages.teacher.steps=100000", "--store", tmp_path) as command:
-        until(lambda: has_checkpoint(tmp_path), "a checkpoint")
-        command.signal(number, group=number is signal.SIGINT)  # as Ctrl-C in a terminal
+    settings = ["stages.teacher.steps=100000", "compute.checkpoint_seconds=1000"]
+    with pbkd("run", SMALL, executor, *settings, "--store", tmp_path) as command:
+        until(lambda: any(tmp_path.glob("work/*/progress.jsonl")), "an epoch")
+        assert not has_checkpoint(tmp_path)
+        command.signal(number, group=executor == LOCAL)  # as Ctrl-C in a terminal
         code, out, err = command.wait()
-        assert (code, out, err) == (130, "", "stopped; the same command goes on from here\n")
+        assert (code, out, err) == (128 + number, "", "stopped; the same command goes on from here\n")
         until(lambda: not command.processes(), "the end of every process")
+    assert has_checkpoint(tmp_path)
     assert [lease["released"] for lease in leases(tmp_path)] == [True] * len(leases(tmp_path)) != []
     assert journal(tmp_path)[-1]["status"] == "stopped"
 

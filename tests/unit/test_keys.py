@@ -110,6 +110,7 @@ NOT_IN_THE_KEY: dict[str, Callable[[Content], object]] = {
     "retries": lambda recipe: recipe["compute"].update(max_failures=9),
     "time between checkpoints": lambda recipe: recipe["compute"].update(checkpoint_seconds=1.0),
     "steps between checkpoints": lambda recipe: recipe["compute"].update(checkpoint_steps=7),
+    "patience with workers": lambda recipe: recipe["compute"].update(watchdog_seconds=9.0),
     "device": lambda recipe: recipe["compute"].update(device="cpu"),
     "MLflow": lambda recipe: recipe.update(tracking={"uri": "http://127.0.0.1:1"}),
     "roles": lambda recipe: recipe.update(student="scratch", baselines=[]),

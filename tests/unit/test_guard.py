@@ -1,0 +1,88 @@
+"""Inside a worker: it learns that it is not wanted any more, and one that hangs ends itself."""
+
+import errno
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipelines import guard as guard_module
+from pipelines.exhaustion import exhaustion
+from pipelines.guard import Guard
+from pipelines.lease import try_acquire
+
+ROOT = Path(__file__).parents[2]
+KEY = "ab" * 32
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "LOOK_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("how", ["asked", "fenced out", "released"])
+def test_a_training_ends_when_its_owner_asks_or_has_lost_it(how: str, tmp_path: Path) -> None:
+    lease = try_acquire(tmp_path, KEY)
+    assert lease is not None
+    with Guard(lease, 1e9) as guard:
+        assert not guard.step()
+        if how == "asked":
+            lease.ask_to_stop()
+            assert lease.is_current(), "what it has finished may still be published"
+        elif how == "released":
+            lease.release()
+        else:
+            assert try_acquire(tmp_path, KEY, dead=1) is not None
+        ended = threading.Event()
+        while not guard.step():
+            ended.wait(0.01)
+
+
+HANGING = """
+import sys, threading
+from pathlib import Path
+from pipelines import guard
+from pipelines.lease import try_acquire
+guard.LOOK_SECONDS = 0.01
+with guard.Guard(try_acquire(Path(sys.argv[1]), "ab" * 32), 0.1) as watch:
+    watch.step()
+    if sys.argv[2] == "pauses":
+        watch.pause()
+        threading.Event().wait(0.5)
+        sys.exit(0)
+    threading.Event().wait()
+"""
+
+
+@pytest.mark.parametrize(("what", "code"), [("hangs", 1), ("pauses", 0)])
+def test_a_worker_that_hangs_in_a_step_ends_itself_and_says_where(
+    what: str, code: int, tmp_path: Path
+) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", HANGING, tmp_path, what],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert found.returncode == code
+    assert ("this worker has hung" in found.stderr and "wait" in found.stderr) == (what == "hangs")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_full_or_read_only_disk_is_explained(number: int) -> None:
+    said = exhaustion(OSError(number, "no room", "/store/work"))
+    assert said is not None
+    assert said.startswith("/store/work: no room\n") and "type the same command again" in said
+    assert len(said.splitlines()) <= 3
+
+
+def test_too_little_memory_is_explained_and_other_errors_are_not() -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")):
+        said = exhaustion(error)
+        assert said is not None and "out of memory" in said and "data.batch_size" in said
+    assert exhaustion(RuntimeError("shapes differ")) is None
+    assert exhaustion(FileNotFoundError(errno.ENOENT, "none", "x")) is None
