@@ -43,6 +43,7 @@ def inspect(
     input_size: Annotated[
         int | None, typer.Option(min=1, help="Height and width of the images; default 224, CIFAR ResNets 32.")
     ] = None,
+    channels: Annotated[int, typer.Option(min=1, help="Of the images.")] = 3,
     classes: Annotated[int | None, typer.Option(min=1, help="Default 1000, CIFAR ResNets 10.")] = None,
     cuts: Annotated[
         str | None,
@@ -60,7 +61,7 @@ def inspect(
 
     widths = width or [0.5]
     named = None if cuts is None else [cut.strip() for cut in cuts.split(",") if cut.strip()]
-    found = inspect_network(arch, input_size, classes, named, widths, latency)
+    found = inspect_network(arch, input_size, classes, named, widths, latency, channels)
     if json_:
         typer.echo(json.dumps(found.as_json()))
     else:

@@ -112,6 +112,7 @@ def inspect_network(
     cuts: Sequence[str] | None = None,
     widths: Sequence[float] = (0.5,),
     latency: bool = False,
+    channels: int = 3,
 ) -> Inspection:
     """Partition the network that `arch` names, and count its parts on the meta device.
 
@@ -122,6 +123,7 @@ def inspect_network(
         cuts: where its blocks end; foreign networks only.
         widths: of student blocks to count.
         latency: measure each part, which allocates the network.
+        channels: of its images.
 
     Raises:
         UserError: the network is unknown or cannot be partitioned, or it is one of ours and cuts are given.
@@ -131,7 +133,7 @@ def inspect_network(
     if cuts is not None and not is_foreign(arch):
         raise UserError(f"--cuts: {arch} is one of ours, whose blocks are given; leave it out")
     settings = settings_of(arch, **({} if cuts is None else {"cuts": tuple(cuts)}))
-    spec = architecture(settings, (3, size, size), number)
+    spec = architecture(settings, (channels, size, size), number)
     network = on_meta(spec).eval()
     inputs = _inputs(network)
     blocks = [_block(spec, network, index, inputs[index]) for index in range(len(network.blocks))]

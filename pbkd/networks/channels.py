@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pbkd.errors import UserError
-from pbkd.networks.block_network import on_meta
+from pbkd.networks.block_network import BlockNetwork, on_meta
 from pbkd.networks.partition import count_channels, is_depthwise, original_name, replace_tensor
 from pbkd.networks.spec import TracedPart, TracedSpec
 
@@ -80,10 +82,8 @@ def inner_groups(spec: TracedSpec, index: int | None) -> tuple[ChannelGroup, ...
     Raises:
         UserError: the block's forward works with no other number of channels than it has.
     """
-    network = on_meta(spec).eval()
-    x = torch.empty(1, *spec.input_shape, device="meta")
-    with torch.no_grad():
-        x = network.prefix(len(network.blocks) if index is None else index)(x)
+    network, inputs = _skeleton(spec)
+    x = inputs[-1 if index is None else index]
     part = network.classifier if index is None else network.blocks[index]
     where = "classifier" if index is None else f"blocks.{index}"
     names = {name: original_name(f"{where}.{name}") for name in part.state_dict()}
@@ -129,7 +129,7 @@ def without(tensors: Mapping[str, Tensor], removed: Removed) -> dict[str, Tensor
 
 def narrowed_spec(spec: TracedSpec, shapes: Mapping[str, tuple[int, ...]]) -> TracedSpec:
     """`spec` with tensors, by their original names, of these shapes."""
-    owner = {original_name(name): _part_of(name) for name in on_meta(spec).state_dict()}
+    owner = {original_name(name): _part_of(name) for name in _skeleton(spec)[0].state_dict()}
 
     def narrowed(part: TracedPart, which: str) -> TracedPart:
         new = dict(part.shapes) | {name: shape for name, shape in shapes.items() if owner[name] == which}
@@ -153,10 +153,21 @@ def narrowed_by_count(
     spec: TracedSpec, groups: Sequence[ChannelGroup], left: Callable[[int], float]
 ) -> TracedSpec:
     """`spec` with, of each group of n channels, the possible number nearest to `left(n)`."""
-    tensors = original_tensors(on_meta(spec))
+    tensors = original_tensors(_skeleton(spec)[0])
     kept = [group.strongest(torch.zeros(group.size), group.left(left(group.size))) for group in groups]
     narrower = without(tensors, removed_by(groups, kept, tensors))
     return narrowed_spec(spec, {name: tuple(tensor.shape) for name, tensor in narrower.items()})
+
+
+@lru_cache(maxsize=32)
+def _skeleton(spec: TracedSpec) -> tuple[BlockNetwork, tuple[Tensor, ...]]:
+    """The network on the meta device, not to be changed; what each block and the classifier get."""
+    network = on_meta(spec).eval()
+    with torch.no_grad():
+        inputs = [network.stem(torch.empty(1, *spec.input_shape, device="meta"))]
+        for block in network.blocks:
+            inputs.append(block(inputs[-1]))
+    return network, tuple(inputs)
 
 
 def _part_of(name: str) -> str:
@@ -206,14 +217,14 @@ def _usable(
 
     def works(groups: Sequence[ChannelGroup]) -> bool:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), redirect_stderr(io.StringIO()):  # where torch.fx explains what failed
                 return bool(_halved(part, groups)(x).shape == expected)
         except Exception:  # noqa: BLE001  # the user's forward may raise anything
             return False
 
     try:
         found = list(_found(part, x, interface))
-    except (ZeroDivisionError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise UserError(
             f"{what} mixes its channels in a way that Torch-Pruning cannot follow ({error}), as shuffles do; "
             "it can teach, but not be narrowed"

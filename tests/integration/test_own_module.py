@@ -1,0 +1,208 @@
+"""A network of the user's own, in a file outside the package: looked at, compressed, traced back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.pbkd_process import ROOT, SECONDS
+
+MODULE = """
+import torch
+from torch import nn
+
+class Unit(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return torch.relu(x + self.second(torch.relu(self.first(x))))
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.enter = nn.Conv2d(1, 8, 3, padding=1)
+        self.early = nn.Sequential(Unit(8), Unit(8))
+        self.widen = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.late = nn.Sequential(Unit(16), Unit(16))
+        self.classify = nn.Linear(16, classes)
+
+    def forward(self, x):
+        x = self.late(torch.relu(self.widen(self.early(self.enter(x)))))
+        return self.classify(x.mean((2, 3)))
+
+class Fixed(Net):
+    def forward(self, x):
+        x = self.enter(x)
+        for unit in self.early:
+            inner = torch.relu(unit.first(x)).reshape(-1, 8, x.shape[2], x.shape[3])
+            x = torch.relu(x + unit.second(inner))
+        return self.classify(self.late(torch.relu(self.widen(x))).mean((2, 3)))
+
+class Branching(Net):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+class Two(Net):
+    def forward(self, x, y):
+        return super().forward(x + y)
+
+class Pair(Net):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits
+
+class Unfinished(Net):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+def small(num_classes):
+    return Net(num_classes)
+
+def fixed(num_classes):
+    return Fixed(num_classes)
+
+def branching(num_classes):
+    return Branching(num_classes)
+
+def two(num_classes):
+    return Two(num_classes)
+
+def pair(num_classes):
+    return Pair(num_classes)
+
+def unfinished(num_classes):
+    return Unfinished(num_classes)
+
+def seven():
+    return Net(7)
+
+def nothing(num_classes):
+    return None
+"""
+
+RECIPE = """
+name: own
+data: {name: digits, batch_size: 50, limit: 200}
+compute: {executor: local, threads: 1}
+teacher: teacher
+student: recovered
+stages:
+  teacher: {kind: train, network: {arch: "own_net:small"}, steps: 20, optimizer: {lr: 0.05}}
+  blocks: {kind: progressive, width: 0.5, init_images: 64, steps: 2, optimizer: {lr: 0.01}}
+  stabilized: {kind: stabilize, steps: 2}
+  distilled: {kind: distill, steps: 2}
+  pruned: {kind: prune, ratio: 0.3, round_to: 1, init: least_squares, init_images: 64, recalibrate_images: 0}
+  recovered: {kind: distill, steps: 2, feature_weight: 1.0}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "own_net.py").write_text(MODULE)
+    (tmp_path / "own.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def pbkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`pbkd ARGUMENTS`, typed in `folder`."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=2 * SECONDS,
+        check=False,
+    )
+
+
+def test_a_module_of_ones_own_goes_through_inspect_run_and_lineage(folder: Path) -> None:
+    refused = pbkd(folder, "run", "own.yaml", "--json")
+    assert refused.returncode == 2 and "add --allow-import" in refused.stderr
+    assert not (folder / "runs").exists()
+
+    size = ("--channels", "1", "--input-size", "8", "--classes", "10")
+    looked = pbkd(folder, "inspect", "own_net:small", *size, "--allow-import", "--json")
+    shown = json.loads(looked.stdout)
+    assert shown["exact"] and shown["arch"] == "own_net:small"
+    assert [block["output_shape"] for block in shown["blocks"]] == [[8, 8, 8], [16, 4, 4]]
+
+    found = pbkd(folder, "run", "own.yaml", "--json", "--allow-import")
+    assert found.returncode == 0, found.stderr
+    report = json.loads(found.stdout)
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert stages["distilled"]["macs_ratio"] > 1.2
+    assert stages["pruned"]["macs"] < stages["distilled"]["macs"]
+    assert all(stage["latency_ms"] for stage in stages.values())
+
+    again = json.loads(pbkd(folder, "run", "own.yaml", "--json", "--allow-import").stdout)
+    assert {stage["state"] for stage in again["stages"]} == {"reused"}
+
+    chain = json.loads(pbkd(folder, "lineage", stages["recovered"]["artifact"], "--json").stdout)["chain"]
+    names = [row["stage"] for row in chain]
+    assert names[0] == "recovered" and names[-1] == "teacher" and "blocks.2" in names
+
+    # An artifact alone never has code imported.
+    program = (
+        "import sys; from pathlib import Path; from pbkd import artifact; artifact.load(Path(sys.argv[1]))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program, stages["recovered"]["artifact"]],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{folder}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert loaded.returncode == 1 and "imported only if you say so" in loaded.stderr
+
+
+MISTAKES = {
+    "own_net:branching": "Branching.forward cannot be traced",
+    "own_net:two": "Two.forward takes 2 inputs (x, y)",
+    "own_net:pair": "gives 1 tensors in a tuple",
+    "own_net:unfinished": "is no classifier that ends in a linear layer, but in 'softmax'",
+    "own_net:seven": "gives logits of shape (7,), but the data have 10 classes",
+    "own_net:nothing": "gives a NoneType, expected a torch.nn.Module",
+    "own_net:smal": "its module has no function 'smal'",
+    "own_nett:small": "own_nett cannot be imported",
+    "own_net:fixed": "works with no other number of channels than it has",
+    "torchvision/resnet19": "did you mean 'torchvision/resnet18'?",
+    "torchvison/resnet18": "unknown library 'torchvison'",
+}
+
+
+def test_what_is_wrong_with_a_network_is_said_in_two_lines(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from pipelines.cli import main
+
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PBKD_ALLOW_IMPORT", "1")
+    for arch, words in MISTAKES.items():
+        code = main(["plan", "own.yaml", f"stages.teacher.network.arch={arch}"])
+        out, err = capfd.readouterr()
+        assert code == 2 and out == "", arch
+        assert words in err and len(err.splitlines()) <= 2 and "Traceback" not in err, err
+
+
+def test_inspect_counts_every_part_once() -> None:
+    from pipelines.inspection import inspect_network
+
+    found = inspect_network("torchvision/resnet18", input_size=64, classes=10, cuts=["layer2", "layer4"])
+    assert found.exact
+    assert [(part.name, part.output_shape) for part in found.blocks] == [
+        ("layer2", (128, 8, 8)),
+        ("layer4", (512, 2, 2)),
+    ]
+    assert sum(part.cost.macs for part in found.parts) == found.cost.macs
+    assert sum(part.cost.params for part in found.parts) == found.cost.params
+    ours = inspect_network("resnet56")
+    assert [part.output_shape for part in ours.blocks] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
