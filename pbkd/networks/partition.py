@@ -33,7 +33,7 @@ def partition(settings: ForeignSettings, input_shape: tuple[int, int, int], num_
     for end in cuts.blocks:
         ends.append(TracedPart(end=cut_name(traced, before, end)))
         before = end
-    return TracedSpec(
+    spec = TracedSpec(
         arch=reference.arch,
         arguments=reference.arguments,
         input_shape=input_shape,
@@ -42,6 +42,21 @@ def partition(settings: ForeignSettings, input_shape: tuple[int, int, int], num_
         blocks=tuple(ends),
         classifier=TracedPart(end="output"),
     )
+    _check_unshared(spec)
+    return spec
+
+
+def _check_unshared(spec: TracedSpec) -> None:
+    """Refuse weights that run in two parts: neither could be trained or narrowed alone."""
+    stem, blocks, classifier = parts_of(spec, original_on_meta(spec))
+    owners: dict[int, int] = {}
+    for number, part in enumerate([stem, *blocks, classifier]):
+        for name, weight in part.named_parameters():
+            if owners.setdefault(id(weight), number) != number:
+                raise UserError(
+                    f"network {spec.arch}: the weights '{name}' run in more than one block; choose cuts that "
+                    "keep all their uses in one"
+                )
 
 
 def traced_of(spec: TracedSpec) -> Trace:

@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from pbkd.artifact import read_tensors
+from pbkd.errors import UserError
+from pbkd.networks import architecture, load_weights, settings_of
+from pbkd.networks.weights import empty
+from pbkd.torchvision_compat import import_torchvision
 from tests.integration.pbkd_process import ROOT, SECONDS
 
 MODULE = """
@@ -57,6 +64,12 @@ class Pair(Net):
         logits = super().forward(x)
         return logits, logits
 
+class Shared(Net):
+    def forward(self, x):
+        x = self.late(torch.relu(self.widen(self.early(self.enter(x)))))
+        x = self.late(nn.functional.max_pool2d(x, 2))
+        return self.classify(x.mean((2, 3)))
+
 class Unfinished(Net):
     def forward(self, x):
         return super().forward(x).softmax(1)
@@ -78,6 +91,9 @@ def pair(num_classes):
 
 def unfinished(num_classes):
     return Unfinished(num_classes)
+
+def shared(num_classes):
+    return Shared(num_classes)
 
 def seven():
     return Net(7)
@@ -167,6 +183,7 @@ MISTAKES = {
     "own_net:branching": "Branching.forward cannot be traced",
     "own_net:two": "Two.forward takes 2 inputs (x, y)",
     "own_net:pair": "gives 1 tensors in a tuple",
+    "own_net:shared": "run in more than one block",
     "own_net:unfinished": "is no classifier that ends in a linear layer, but in 'softmax'",
     "own_net:seven": "gives logits of shape (7,), but the data have 10 classes",
     "own_net:nothing": "gives a NoneType, expected a torch.nn.Module",
@@ -191,6 +208,29 @@ def test_what_is_wrong_with_a_network_is_said_in_two_lines(
         out, err = capfd.readouterr()
         assert code == 2 and out == "", arch
         assert words in err and len(err.splitlines()) <= 2 and "Traceback" not in err, err
+
+
+def test_weights_come_from_safetensors_or_a_state_dict_and_never_from_a_pickle(tmp_path: Path) -> None:
+    settings = settings_of("torchvision/mobilenet_v3_small")
+    spec = architecture(settings, (3, 64, 64), 10)
+    torch.manual_seed(1)
+    original = import_torchvision().models.mobilenet_v3_small(num_classes=10).eval()
+    save_file(original.state_dict(), tmp_path / "weights.safetensors")
+    torch.save(original.state_dict(), tmp_path / "weights.pt")
+    torch.save({"state_dict": original.state_dict(), "epoch": 3}, tmp_path / "weights.pth")
+    images = torch.randn(2, 3, 64, 64)
+    for name in ("weights.safetensors", "weights.pt", "weights.pth"):
+        network = empty(spec).eval()
+        load_weights(network, read_tensors(tmp_path / name), name)
+        with torch.inference_mode():
+            assert torch.equal(network(images), original(images))
+
+    torch.save(original, tmp_path / "whole.pt")
+    with pytest.raises(UserError, match="holds more than tensors"):
+        read_tensors(tmp_path / "whole.pt")
+    other = empty(architecture(settings, (3, 64, 64), 7))
+    with pytest.raises(UserError, match=r"'classifier.linear.classifier.3.*check the recipe's network"):
+        load_weights(other, read_tensors(tmp_path / "weights.pt"), "weights.pt")
 
 
 def test_inspect_counts_every_part_once() -> None:
