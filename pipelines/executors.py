@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 from pbkd.errors import StageError, UserError
-from pipelines.exhaustion import MORE_MEMORY
+from pipelines.exhaustion import MORE_MEMORY, exhaustion
 from pipelines.jobs import GaveUp, Job, carry_out
 from pipelines.recipe import Compute
 from pipelines.signals import SIGNALS
@@ -173,7 +173,10 @@ def _rank(job: Job, rank: int, meeting: Path, beats: MutableSequence[float]) -> 
         carry_out(job, rank)
     except GaveUp:
         sys.exit(GAVE_UP)
-    except Exception:  # noqa: BLE001 - whatever it is, the exit code tells the driver
+    except Exception as error:  # noqa: BLE001 - whatever it is, the exit code tells the driver
+        if (reason := exhaustion(error)) is not None:  # too badly to leave it in the store
+            sys.stderr.write(f"{reason}\n")
+            sys.exit(GAVE_UP)
         traceback.print_exc()
         sys.exit(1)
     finally:
