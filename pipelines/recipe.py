@@ -138,7 +138,8 @@ def _read(path: Path) -> DictConfig:
         raise UserError(f"{path}: is empty; see pipelines/recipes/digits.yaml for what a recipe holds")
     try:
         given = OmegaConf.load(StringIO(text))
-    except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError, AssertionError) as error:
+        # OmegaConf asserts that a lone string, read once more as YAML, is still one: 'true' is not.
         raise UserError(f"{path}: not a YAML mapping: {_one_line(error)}") from error
     if not isinstance(given, DictConfig):
         raise UserError(f"{path}: a recipe is a mapping of keys to values, found a list")
