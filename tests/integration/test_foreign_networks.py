@@ -102,14 +102,7 @@ for line in sys.stdin:
         yield process
 
 
-def skip_without_library(arch: str) -> None:
-    if arch.startswith("timm/"):
-        pytest.importorskip("pbkd.torchvision_compat").import_torchvision()
-        pytest.importorskip("timm")
-
-
 def spec_of(arch: str) -> TracedSpec:
-    skip_without_library(arch)
     spec = architecture(settings_of(arch), (3, SIZE, SIZE), CLASSES)
     assert isinstance(spec, TracedSpec)
     return spec
