@@ -25,7 +25,7 @@ def page_faults() -> int:
 
 
 def page_faults_with_kept_memory() -> int:
-    """The setting is the whole process's. Without it there are tens of thousands, most of the time."""
+    """The setting is the whole process's. All pages of ten steps are 400,000."""
     assert keep_freed_memory()
     return page_faults()
 
@@ -33,4 +33,4 @@ def page_faults_with_kept_memory() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc can be told to")
 def test_memory_that_was_freed_is_used_again() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(page_faults_with_kept_memory) < 1_000
+        assert pool.apply(page_faults_with_kept_memory) < 10_000
