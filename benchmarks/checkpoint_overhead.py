@@ -16,13 +16,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from benchmarks.repeated_batch import RepeatedBatch
 from pbkd.engine import LocalSession, OptimizerSettings, Task, TrainingSettings, fit, keep_freed_memory
 from pbkd.networks import NetworkSettings, architecture, fresh
 from pbkd.stages.base import label_objective
@@ -89,34 +88,11 @@ def seconds(name: str, session: LocalSession) -> float:
     """Time of a training, its last checkpoint committed."""
     spec = architecture(NetworkSettings(arch=name), (3, 32, 32), 10)
     settings = TrainingSettings(steps=STEPS, optimizer=OptimizerSettings(lr=1e-4))
-    batch = (torch.randn(BATCH, 3, 32, 32), torch.arange(BATCH) % 10)
+    reader = RepeatedBatch(BATCH, STEPS)
     task = Task(fresh(spec, 0), label_objective)
     started = time.perf_counter()
-    fit(task, settings, Batches(batch), session, 0)
+    fit(task, settings, reader, session, 0)
     return time.perf_counter() - started
-
-
-class Batches:
-    """A reader of one batch, again and again."""
-
-    def __init__(self, batch: tuple[Tensor, Tensor]) -> None:
-        self._batch = batch
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter([self._batch] * STEPS)
-
-    def set_epoch(self, epoch: int) -> None:
-        """There is one."""
-
-    def resume_at(self, batch: int) -> None:
-        """It begins at the first."""
-
-    def global_count(self, batch: int) -> int:
-        """Samples of a batch."""
-        return len(self._batch[1])
 
 
 if __name__ == "__main__":

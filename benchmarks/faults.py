@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from benchmarks.marked_processes import MARK, marked_processes
 from pipelines.jobs import processor
 from pipelines.tracking import connect
 
@@ -42,7 +43,6 @@ COLUMNS = (
     "kills", "survived", "steps_repeated_max", "interval", "recovery_seconds_median",
     "executor", "seed", "processor", "torch", "date",
 )  # fmt: skip
-MARK = "PBKD_FAULTS_MARK"
 POLL_SECONDS = 0.02
 LONGEST_SECONDS = 600.0
 WORKERS = {"local": "spawn_main", "ray": "ray::RayTrainWorker"}
@@ -131,12 +131,12 @@ class Command:
         """SIGKILL the driver and wait until the processes it left have noticed."""
         self._process.kill()
         self._process.communicate()
-        while any(self._processes(words) for words in WORKERS.values()):
+        while any(marked_processes(self._mark, words) for words in WORKERS.values()):
             time.sleep(POLL_SECONDS)
 
     def kill_worker(self, draw: random.Random) -> bool:
         """SIGKILL one worker; False if there is none at this moment."""
-        workers = [pid for words in WORKERS.values() for pid in self._processes(words)]
+        workers = [pid for words in WORKERS.values() for pid in marked_processes(self._mark, words)]
         if not workers:
             return False
         try:
@@ -147,24 +147,12 @@ class Command:
 
     def end(self) -> None:
         """End all that is left."""
-        for pid in self._processes(""):
+        for pid in marked_processes(self._mark):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
         self._process.communicate()
-
-    def _processes(self, words: str) -> list[int]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                is_ours = f"{MARK}={self._mark}".encode() in (path / "environ").read_bytes()
-                line = (path / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue  # it has ended, or is another user's
-            if is_ours and words in line:
-                found.append(int(path.name))
-        return found
 
 
 def undisturbed(folder: Path, overrides: list[str]) -> tuple[dict[str, str], int]:

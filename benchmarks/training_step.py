@@ -15,7 +15,6 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.repeated_batch import RepeatedBatch
 from pbkd.engine import LocalSession, Precision, Task, TrainingSettings, fit, keep_freed_memory
 from pbkd.networks import NetworkSettings, architecture, fresh
 from pbkd.objectives import hinton
@@ -106,39 +106,16 @@ def serve(way: Way, threads: int, end: Connection) -> None:
     for index, block in enumerate(spec.blocks):
         spec = spec.with_block(index, student_block(block, StudentSettings()))
     task = Task(fresh(spec, 1), soft_targets, teacher=teacher)
-    batch = (torch.randn(128, 3, 32, 32), torch.arange(128) % 10)
+    reader = RepeatedBatch(128, STEPS)
     while end.recv():
         started = time.perf_counter()
-        fit(task, TrainingSettings(steps=STEPS), Batches(batch), LocalSession(), 0, way.precision)
+        fit(task, TrainingSettings(steps=STEPS), reader, LocalSession(), 0, way.precision)
         end.send((time.perf_counter() - started) / STEPS)
 
 
 def soft_targets(output: Tensor, logits: Tensor, target: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Hinton's objective."""
     return {"loss": hinton(output, target, labels, 0.9, 4.0)}
-
-
-class Batches:
-    """A reader of one batch, again and again."""
-
-    def __init__(self, batch: tuple[Tensor, Tensor]) -> None:
-        self._batch = batch
-
-    def __len__(self) -> int:
-        return STEPS
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter([self._batch] * STEPS)
-
-    def set_epoch(self, epoch: int) -> None:
-        """There is one."""
-
-    def resume_at(self, batch: int) -> None:
-        """It begins at the first."""
-
-    def global_count(self, batch: int) -> int:
-        """Samples of a batch."""
-        return len(self._batch[1])
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.marked_processes import MARK, marked_processes
 from tests.integration.recorded_pipeline import empty_database
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "integration" / "small.yaml"
 SECONDS = 150.0  # no single step of a test may take longer, on a busy machine either
-MARK = "PBKD_TEST_MARK"
-
 # A shell that runs the tests in the background has them ignore Ctrl-C, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -59,16 +58,7 @@ class Pbkd:
 
     def processes(self, words: str = "") -> list[int]:
         """The living processes of the command with `words` in their command line."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*"):
-            try:
-                is_ours = f"{MARK}={self._mark}".encode() in (path / "environ").read_bytes()
-                line = (path / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue  # it has ended, or is another user's
-            if is_ours and words in line:
-                found.append(int(path.name))
-        return found
+        return marked_processes(self._mark, words)
 
     def end(self) -> None:
         """End all that is left."""
