@@ -33,6 +33,7 @@ from pbkd.data.beton_format import RAW, read_tables
 from pbkd.data.datasets import Split, divided
 from pbkd.data.digest import file_hashes
 from pbkd.data.loader import without_ffcv
+from pbkd.data.memory import RecycledMemory
 from pbkd.data.pixels import FLIPPED, PADDING, Indices, Views, started_ahead
 from pbkd.data.settings import DataSettings
 from pbkd.errors import UserError
@@ -42,7 +43,8 @@ _ONE_AT_A_TIME = threading.Lock()
 threading layer of numba has to bear two callers."""
 
 FileState = tuple[int, int, int, int]
-_Read = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+_Pixels = NDArray[np.uint8]
+_States = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +136,7 @@ def beton_splits(settings: DataSettings, cache: Path | None = None) -> dict[str,
 
 
 def read_beton(
-    source: Beton, views: Views, threads: int, batches: Iterator[Indices]
+    source: Beton, views: Views, threads: int, memory: RecycledMemory, batches: Iterator[Indices]
 ) -> Iterator[tuple[Tensor, Indices]]:
     """For each batch of indices: uint8 pixels (N, 3, S, S) in memory of their own, and the indices.
 
@@ -146,18 +148,19 @@ def read_beton(
     kernels = _kernels()
     read_views = _read_photographs if source.is_folder else _read_small
 
-    def read(indices: Indices) -> NDArray[np.uint8]:
+    def read(indices: Indices, pixels: _Pixels) -> _Pixels:
         source.require_unchanged(file)
         with _ONE_AT_A_TIME:
-            pixels, states = read_views(kernels, source, file, views, indices)
+            states = read_views(kernels, source, file, views, indices, pixels)
         if states.any():
             first = int(np.argmax(states != kernels.INTACT))
             how = "read" if states[first] == kernels.UNREADABLE else "decoded"
             raise source.broken(int(indices[first]), f"cannot be {how}")
         return pixels
 
-    def start(indices: Indices) -> tuple[Future[NDArray[np.uint8]], Indices]:
-        return worker.submit(read, indices), indices
+    def start(indices: Indices) -> tuple[Future[_Pixels], Indices]:
+        pixels = memory.empty((len(indices), views.side, views.side, len(views.fill)), np.uint8)
+        return worker.submit(read, indices, pixels), indices
 
     file = source.open()
     # Its futures carry whatever goes wrong in it to the consumer: nothing can die unseen.
@@ -171,7 +174,9 @@ def read_beton(
         os.close(file)
 
 
-def _read_small(kernels: ModuleType, source: Beton, file: int, views: Views, indices: Indices) -> _Read:
+def _read_small(
+    kernels: ModuleType, source: Beton, file: int, views: Views, indices: Indices, pixels: _Pixels
+) -> _States:
     rows = np.zeros((len(indices), 8), np.int64)
     rows[:, 0] = indices
     keys = views.keys(indices)
@@ -182,13 +187,14 @@ def _read_small(kernels: ModuleType, source: Beton, file: int, views: Views, ind
         rows[:, 3] = flips(keys)
     if views.augmentation == "crop_flip_cutout":
         rows[:, 4:] = cutout_boxes(keys, views.side)
-    pixels = np.empty((len(indices), views.side, views.side, len(views.fill)), np.uint8)
     states = np.zeros(len(indices), np.uint8)
     kernels.small(file, source.offsets, rows, views.fill, pixels, states)
-    return pixels, states
+    return states
 
 
-def _read_photographs(kernels: ModuleType, source: Beton, file: int, views: Views, indices: Indices) -> _Read:
+def _read_photographs(
+    kernels: ModuleType, source: Beton, file: int, views: Views, indices: Indices, pixels: _Pixels
+) -> _States:
     if views.augmentation == "resized_crop_flip":
         numbers = draw_views(views.keys(indices)).tolist()
         sizes = zip(source.shapes[indices].tolist(), numbers, strict=True)
@@ -196,11 +202,10 @@ def _read_photographs(kernels: ModuleType, source: Beton, file: int, views: View
     else:
         places = [_central_place(w, h, views.side) for h, w in source.shapes[indices].tolist()]
     rows = np.column_stack([indices, np.array(places, np.int64)])
-    pixels = np.empty((len(indices), views.side, views.side, 3), np.uint8)
     states = np.zeros(len(indices), np.uint8)
     stored = source.offsets, source.sizes, source.shapes, source.are_raw
     kernels.photographs(file, *stored, rows, pixels, states)
-    return pixels, states
+    return states
 
 
 def _random_place(width: int, height: int, side: int, numbers: list[float]) -> tuple[int, ...]:

@@ -12,12 +12,16 @@ from pbkd.data.beton_reader import Beton, beton_splits, read_beton
 from pbkd.data.datasets import Arrays, Files, Source, Split, load_splits
 from pbkd.data.draws import shuffled
 from pbkd.data.loader import resolve_loader
+from pbkd.data.memory import RecycledMemory
 from pbkd.data.pixels import Indices, Views, read_arrays, read_files
 from pbkd.data.settings import Augmentation, DataInfo, DataSettings
 from pbkd.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 """images (N, C, H, W) float32 normalized, labels (N,) int64."""
+
+_CACHED = 2**20
+"""Numbers that are normalized at a time: few enough to stay in the processor's cache."""
 
 
 class Reader:
@@ -68,6 +72,7 @@ class Reader:
         self._fill = (255 * mean).round().to(torch.uint8).flatten().numpy()
         self._scale = (1 / (255 * std)).to(device, torch.float32)
         self._shift = (-mean / std).to(device, torch.float32)
+        self._memory = RecycledMemory()
         self._epoch = 0
         self._first = 0
         self._closed = False
@@ -119,7 +124,7 @@ class Reader:
         if isinstance(source, Arrays):
             batches = read_arrays(source, views, shares)
         elif isinstance(source, Beton):
-            batches = read_beton(source, views, self._workers, shares)
+            batches = read_beton(source, views, self._workers, self._memory, shares)
         else:
             assert isinstance(source, Files)
             batches = read_files(source, views, self._workers, shares)
@@ -137,13 +142,31 @@ class Reader:
                 yield share
 
     def _on_device(self, pixels: Tensor, labels: Tensor) -> Batch:
-        if self._device.type == "cuda":  # only copies from pinned memory overlap with computation
+        is_cuda = self._device.type == "cuda"
+        if is_cuda:  # only copies from pinned memory overlap with computation
             pixels, labels = pixels.pin_memory(), labels.pin_memory()
         pixels = pixels.to(self._device, non_blocking=True)
         labels = labels.to(self._device, non_blocking=True)
-        # Two operations, each rounded by itself: a fused one may round differently at the end of a batch.
-        images = pixels.to(torch.float32, memory_format=self._format).mul_(self._scale).add_(self._shift)
+        # As rows in the images' own layout, factors and summands are read like the pixels, not one by one.
+        scale, shift = (
+            each.expand(1, pixels.shape[1], 1, pixels.shape[3]).contiguous(memory_format=self._format)
+            for each in (self._scale, self._shift)
+        )
+        images = self._empty(pixels.shape)
+        few = len(pixels) if is_cuda else max(1, _CACHED // pixels[0].numel())
+        for target, part in zip(images.split(few), pixels.split(few), strict=True):
+            # Two operations, each rounded by itself: a fused one may round differently at the end of a part.
+            target.copy_(part).mul_(scale).add_(shift)
         return images, labels
+
+    def _empty(self, shape: torch.Size) -> Tensor:
+        if self._device.type != "cpu":
+            return torch.empty(shape, device=self._device, memory_format=self._format)
+        if self._format == torch.contiguous_format:
+            return torch.from_numpy(self._memory.empty(shape, np.float32))
+        count, channels, height, width = shape
+        stored = self._memory.empty((count, height, width, channels), np.float32)
+        return torch.from_numpy(stored).permute(0, 3, 1, 2)
 
 
 class Data:
