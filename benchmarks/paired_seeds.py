@@ -52,6 +52,9 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--seeds", type=int, default=5, help="how many; default: %(default)s")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="default: %(default)s")
+    parser.add_argument(
+        "--until", metavar="STAGE[,STAGE]", help="only these and what they need, as pbkd run has it"
+    )
     parser.add_argument("--store", type=Path, default=Path("runs"))
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/RECIPE.csv")
     arguments = parser.parse_intermixed_args()
@@ -62,7 +65,8 @@ def main() -> int:
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         seeded = [*arguments.overrides, f"seed={seed}"]
         recipe = load_recipe(arguments.recipe, seeded)
-        code = run(arguments.recipe, seeded, arguments.store)
+        until = ["--until", arguments.until] if arguments.until else []
+        code = run(arguments.recipe, [*seeded, *until], arguments.store)
         rows = write(out, finished_rows(recipe, overrides, Store(arguments.store)))
         same = [row for row in rows if (row["recipe"], row["overrides"]) == (recipe.name, overrides)]
         summary = summarize(same)
@@ -73,9 +77,9 @@ def main() -> int:
     return code
 
 
-def run(recipe: Path, overrides: Sequence[str], store: Path) -> int:
-    """Exit code of `pbkd run`; if this process is stopped, so is that one."""
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), *overrides, "--store", str(store)]
+def run(recipe: Path, arguments: Sequence[str], store: Path) -> int:
+    """Exit code of `pbkd run` with further arguments; if this process is stopped, so is that one."""
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(recipe), *arguments, "--store", str(store)]
     # In a session of its own it does not get a terminal's Ctrl-C: it is told once, from here.
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
