@@ -13,7 +13,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -49,21 +49,23 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Places:
-    """Where what is read lies: both data sets with betons of theirs, and CIFAR's images as PNG files."""
+    """Where what is read lies: data sets with betons of theirs, and CIFAR's images as PNG files."""
 
     settings: dict[str, DataSettings]
     images: dict[str, Path]
 
 
-def measure(data: Path, *, rounds: int, seconds: float, epochs: int) -> dict[str, Any]:
-    """All measurements: `rows`, which are also appended to RESULTS, and `floors`.
+def measure(
+    data: Path, cases: Sequence[str] = tuple(BATCH), *, rounds: int, seconds: float, epochs: int
+) -> dict[str, Any]:
+    """All measurements of `cases` (keys of BATCH): `rows`, which are also appended to RESULTS, and `floors`.
 
     Raises UserError when the data or FFCV are missing.
     """
     with tempfile.TemporaryDirectory(prefix="pbkd-") as scratch:
-        places = _prepared(data, Path(scratch))
-        rows = [row for case in BATCH for row in _speeds(case, places, rounds, seconds)]
-        for case in BATCH:
+        places = _prepared(data, cases, Path(scratch))
+        rows = [row for case in cases for row in _speeds(case, places, rounds, seconds)]
+        for case in cases:
             cold, later = _in_process(_start_up, case, places, time.time())
             rows += [
                 _row(f"{case}: first batch, cold", "pbkd", [cold], "s"),
@@ -82,7 +84,7 @@ def measure(data: Path, *, rounds: int, seconds: float, epochs: int) -> dict[str
     }
     rows = [row | about for row in rows]
     _append(rows)
-    return {"benchmark": "loader", "rows": rows, "floors": _floors(rows, epochs)}
+    return {"benchmark": "loader", "rows": rows, "floors": _floors(rows, cases, epochs)}
 
 
 def text(report: dict[str, Any]) -> str:
@@ -96,25 +98,30 @@ def text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _floors(rows: list[Row], epochs: int) -> list[dict[str, Any]]:
+def _floors(rows: list[Row], cases: Sequence[str], epochs: int) -> list[dict[str, Any]]:
     values = {(row["what"], row["loader"]): row["value"] for row in rows}
-
-    def ratio(case: str, to: str) -> float:
-        return float(values[f"{case}: speed", "pbkd"] / values[f"{case}: speed", to])
-
     at_least = [
-        ("cifar: speed / torchvision", ratio("cifar", "torchvision"), 10.0),
-        ("cifar: speed / bare FFCV", ratio("cifar", "ffcv"), 0.9),
-        ("photographs: speed / torchvision", ratio("photographs", "torchvision"), 2.0),
+        (
+            f"{case}: speed / {name}",
+            values[f"{case}: speed", "pbkd"] / values[f"{case}: speed", loader],
+            floor,
+        )
+        for case, name, loader, floor in (
+            ("cifar", "torchvision", "torchvision", 10.0),
+            ("cifar", "bare FFCV", "ffcv", 0.9),
+            ("photographs", "torchvision", "torchvision", 2.0),
+        )
+        if case in cases
     ]
-    at_most = []
-    for case in BATCH:
+    at_most = [
+        (f"{case}: {what}, at most", values[f"{case}: {what}", "pbkd"], most)
+        for case in cases
         for what, most in (
             ("first batch, cold", 15.0),
             ("first batch, later", 1.0),
             (f"memory grows, {epochs} epochs", 32.0),
-        ):
-            at_most.append((f"{case}: {what}, at most", values[f"{case}: {what}", "pbkd"], most))
+        )
+    ]
     return [
         *(
             {"name": name, "value": value, "floor": floor, "holds": value >= floor}
@@ -127,25 +134,31 @@ def _floors(rows: list[Row], epochs: int) -> list[dict[str, Any]]:
     ]
 
 
-def _prepared(data: Path, scratch: Path) -> Places:
-    settings = {
+def _prepared(data: Path, cases: Sequence[str], scratch: Path) -> Places:
+    every = {
         "cifar": DataSettings(name="cifar10", root=data, loader="ffcv", beton=scratch / "cifar"),
         "photographs": DataSettings(
             name="folder", root=data / "imagenette", loader="ffcv", beton=scratch / "photographs"
         ),
     }
-    for case, mode in (("cifar", "raw"), ("photographs", "jpeg")):
-        stored = BetonSettings.model_validate({"mode": mode})
+    settings = {case: every[case] for case in cases}
+    for case in cases:
+        stored = BetonSettings(mode="raw" if case == "cifar" else "jpeg")
         prepare(settings[case], scratch / case, stored, workers=WORKERS)
         open_data(settings[case])  # before minutes of measuring: is FFCV there?
-    source = load_splits(settings["cifar"])["train"].source
+    images = {"cifar": scratch / "png", "photographs": data / "imagenette" / "train"}
+    if "cifar" in cases:
+        _save_as_png(settings["cifar"], images["cifar"])
+    return Places(settings, images)
+
+
+def _save_as_png(settings: DataSettings, target: Path) -> None:
+    source = load_splits(settings)["train"].source
     assert isinstance(source, Arrays)
     for index, (pixels, label) in enumerate(zip(source.images[:PNG_FILES], source.labels, strict=False)):
-        folder = scratch / "png" / str(label)
+        folder = target / str(label)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{index}.png")
-    images = {"cifar": scratch / "png", "photographs": data / "imagenette" / "train"}
-    return Places(settings, images)
 
 
 def _speeds(case: str, places: Places, rounds: int, seconds: float) -> list[Row]:
