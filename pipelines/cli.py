@@ -193,16 +193,18 @@ def report(
 ) -> None:
     """Write one HTML page about a pipeline: results, figures, lineage. It needs no network to be read."""
     from pbkd.errors import UserError
-    from pipelines.report import gather
-    from pipelines.report_page import render, write
+    from pipelines.reporting.facts import gather
+    from pipelines.reporting.page import compose
+    from pipelines.reporting.write import write
 
     opened = _required(store)
     identity, command = _reported(which, overrides or [], opened)
     facts = gather(opened, identity)
-    path = write(render(facts, command), out or facts.folder / "report.html")
-    typer.echo(json.dumps({"path": str(path), "pipeline": identity}) if json_ else path)
-    if open_ and not webbrowser.open(path.as_uri()):
-        raise UserError(f"{path}: is written, but no browser was found to show it; open it yourself")
+    written = write(compose(facts, command), out or facts.folder / "report.html")
+    page, figures = str(written.page), [str(figure) for figure in written.figures]
+    typer.echo(json.dumps({"path": page, "pipeline": identity, "figures": figures}) if json_ else page)
+    if open_ and not webbrowser.open(written.page.as_uri()):
+        raise UserError(f"{page}: is written, but no browser was found to show it; open it yourself")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -282,7 +284,7 @@ def _graph(path: Path, recipe: Recipe, store: Store | None, until: str | None = 
 def _reported(which: str | None, overrides: list[str], store: Store) -> tuple[str, str | None]:
     """The id of the pipeline that is meant, and the command that runs it, if it was named by its recipe."""
     from pbkd.errors import UserError
-    from pipelines.report import choose_pipeline
+    from pipelines.reporting.facts import choose_pipeline
 
     if which is None:
         return choose_pipeline(store), None

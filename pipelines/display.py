@@ -14,6 +14,7 @@ from rich.table import Table
 from pbkd.stages.base import TrainingStage
 from pipelines.driver import Outcome
 from pipelines.graph import Graph, Node
+from pipelines.quantities import human
 from pipelines.run import PipelineResult
 from pipelines.store import Manifest
 
@@ -29,6 +30,7 @@ class LogLines(logging.Handler):
         """Print it."""
         text = f"{record.levelname.lower()}: {record.getMessage()}"
         self._console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
 
 STYLES = {"teacher": "bold", "student": "bold green", "baseline": "cyan"}
 
@@ -177,16 +179,6 @@ def _table(title: str, columns: list[str]) -> Table:
     for column in columns:
         table.add_column(column, no_wrap=True)
     return table
-
-
-def human(value: float | None) -> str:
-    """1005184 -> 1.01 M."""
-    if value is None:
-        return "?"
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:g}"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -208,6 +208,7 @@ class Driver:
             self._release(node)
         for name, reason in left.items():
             if reason is not None:
+                self.record("failed", name=name, key=self._graph.nodes[name].key, reason=str(reason))
                 raise type(reason)(f"stages.{name}: {reason}")
         if is_lost:  # this machine slept, or lost the store, for so long that another run took over
             self._mine.difference_update(node.name for node in unfinished)

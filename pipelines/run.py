@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from pbkd.errors import StageError, UserError
 from pipelines.driver import Display, Driver, Outcome
 from pipelines.durable import replace
 from pipelines.executors import Executor, open_executor
@@ -82,19 +83,22 @@ def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult
 def _run(driver: Driver, executor: Executor | None, latencies: Latencies) -> None:
     """Run and measure, with a beginning and an end in the journal."""
     driver.begin()
-    status = "failed"
+    end = {"status": "failed"}
     try:
         if executor is not None:
             driver.run(executor)
         latencies.measure(driver.manifests.values())
         for manifest in driver.manifests.values():
             driver.record("latency", key=manifest.key, latencies=latencies.of(manifest))
-        status = "finished"
+        end = {"status": "finished"}
     except KeyboardInterrupt:
-        status = "stopped"
+        end = {"status": "stopped"}
+        raise
+    except (UserError, StageError) as error:
+        end["reason"] = str(error)
         raise
     finally:
-        driver.record("ended", status=status)
+        driver.record("ended", **end)
 
 
 def _ended_well(journal: Journal) -> bool:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from pipelines.cli import main
-from pipelines.report import gather, shock_groups
-from pipelines.report_page import NOTHING, headline, render
+from pipelines.reporting.facts import gather, shock_groups
+from pipelines.reporting.page import NOTHING, compose, headline
+from pipelines.reporting.write import write
 from pipelines.store import Input, Manifest, Store
 from tests.integration.recorded_pipeline import digest, journal_of, publish
 
@@ -40,6 +42,9 @@ def manifest_of(name: str) -> Manifest:
     if name in SHOCK:
         history += [{"step": step, "epoch": step / 14, "gradient_norm": 8.0 / step} for step in (1, 2, 3)]
         history += [{"step": step, "feature_cka": cka} for step, cka in ((1, 0.5), (28, 0.75))]
+    if kind == "block":
+        for row in history:
+            row["train_local_loss"] = 0.1 / row["epoch"]
     return Manifest(
         key=digest("key", name),
         kind=kind,
@@ -50,7 +55,8 @@ def manifest_of(name: str) -> Manifest:
         compute={"precision": "fp32"},
         artifact=digest("artifact", name),
         digest=digest("weights", name),
-        metrics={"test_accuracy": accuracy, "macs": macs, "params": macs // 10, "agreement": None},
+        metrics={"test_accuracy": accuracy, "macs": macs, "params": macs // 10, "agreement": None}
+        | ({"feature_error_1": 0.0125, "feature_error_2": 0.5} if source else {}),
         history=history,
         seconds=12.3,
         versions={"torch": "2"},
@@ -90,37 +96,70 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def html(store: Store) -> str:
-    return render(gather(store, PIPELINE))
+    return compose(gather(store, PIPELINE)).html
 
 
 class Page(HTMLParser):
-    """What a browser would make of it: tags, attributes, text."""
+    """What a browser would make of it: tags, attributes, text, and the stages whose points figures have."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.attributes: list[tuple[str, str]] = []
         self.text = ""
+        self.points: dict[tuple[str, str], list[str]] = {}
+        self._figure, self._width = "", ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attrs}
         self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
+        self.attributes += list(found.items())
+        if tag == "figure":
+            self._figure, self._width = found["id"], "both"
+        if tag == "div" and found.get("class") in ("wide", "narrow"):
+            self._width = found["class"]
+        if tag == "svg":
+            self.points[self._figure, self._width] = []
+        if "data-stage" in found:
+            self.points[self._figure, self._width].append(found["data-stage"])
 
     def handle_data(self, data: str) -> None:
         self.text += f"{data}\n"
 
 
-def test_the_page_holds_every_stage_its_key_and_every_figure(store: Store, html: str) -> None:
+def test_the_page_holds_every_stage_and_its_key(store: Store, html: str) -> None:
     page = Page(html)
     for name, kind, *_ in STAGES:
         assert f"\n{name}\n" in page.text and kind in page.text
         assert digest("key", name)[:12] in page.text and f"artifacts/{digest('artifact', name)}" in page.text
     assert "\n4.00x\n" in page.text, "multiply-accumulates, the pruned network's to the teacher's"
-    curves = len(STAGES) - len(UNTRAINED)
-    assert page.tags.count("svg") == 1 + 2 * len(shock_groups(gather(store, PIPELINE))) + curves
     assert digest("data") in page.text and "c0ffee" in page.text and "torch 2" in page.text
     assert f"pbkd run {store.root}/pipelines/{PIPELINE}/recipe.yaml --store {store.root}" in page.text
+
+
+def test_charts_have_a_point_for_every_stage_on_every_screen(html: str) -> None:
+    points, names = Page(html).points, sorted(name for name, *_ in STAGES)
+    for chart in ("pipeline", "accuracy_macs", "accuracy_latency", "accuracy_latency_batch32"):
+        assert sorted(points[chart, "wide"]) == sorted(points[chart, "narrow"]) == names
+    # Nothing but the teacher's agreement and KL is known of these: see `manifest_of`.
+    assert set(points["feature_error", "wide"]) == set()
+    curves = {figure for figure, _ in points if figure.startswith("curves")}
+    assert len(curves) == len(STAGES) - len(UNTRAINED)
+
+
+def test_every_figure_of_the_page_is_a_file_too(store: Store, tmp_path: Path) -> None:
+    stale = tmp_path / "page_figures" / "of_an_earlier_report.png"
+    stale.parent.mkdir()
+    stale.touch()
+    written = write(compose(gather(store, PIPELINE)), tmp_path / "page.html")
+    names = ["pipeline", "accuracy_macs", "accuracy_latency", "accuracy_latency_batch32", "feature_error"]
+    names += ["shock_1", "shock_2", "local_loss_1", "curves"]
+    assert [path.name for path in written.figures] == [f"{name}.png" for name in names]
+    assert sorted(stale.parent.iterdir()) == sorted(written.figures)
+    for path in written.figures:
+        with Image.open(path) as image:
+            assert min(image.size) > 100 and len(image.convert("L").getcolors() or []) > 10, "not blank"
 
 
 def test_the_page_loads_nothing(html: str) -> None:
@@ -148,7 +187,7 @@ def test_stages_with_and_without_stabilization_are_drawn_together(store: Store, 
     ]
     page = Page(html)
     for label in ("two_stage: with stabilization (28 steps)", "one_stage: without stabilization"):
-        assert page.text.count(label) == 2, "in the legends of both figures"
+        assert page.text.count(label) == 2, "in the legends for wide screens and for phones"
     for cell in ("8.000", "0.5000", "0.7500"):  # of the table: norms, and least and final CKA
         assert f"\n{cell}\n" in page.text
 
@@ -173,7 +212,7 @@ def test_what_the_user_named_is_text_never_markup(tmp_path: Path) -> None:
     begin(store, name="<b>R&D</b>", extra=(odd,), baselines=[odd], recipe={"data": {"name": "<u>&</u>"}})
     finish(store, "teacher")
     finish(store, "one_stage", called=odd)
-    page = Page(render(gather(store, PIPELINE)))
+    page = Page(compose(gather(store, PIPELINE)).html)
     assert not {"i", "b", "u"} & set(page.tags)
     assert all(text in page.text for text in ("<b>R&D</b>", "<u>&</u>", f"98.00  {odd}"))
     assert f"Training loss and validation accuracy of {odd} over epochs" in dict.fromkeys(
@@ -193,7 +232,7 @@ def test_an_unfinished_pipeline_is_reported_as_far_as_it_is(tmp_path: Path) -> N
         if name == "stabilized":
             journal.append({"type": "ended", "status": "stopped"})
             begin(store, recipe={"stages": {"pruned": {"kind": "prune"}}})
-        row = {"step": 7 * next(times), "epoch": 0.5, "train_loss": 2.0}
+        row = {"time": START, "step": 7 * next(times), "epoch": 0.5, "train_loss": 2.0}
         journal.append({"type": "progress", "key": key, "row": row})
     finish(store, "one_stage")
     (store.root / "manifests" / f"{digest('key', 'one_stage')}.json").unlink()
@@ -209,10 +248,50 @@ def test_an_unfinished_pipeline_is_reported_as_far_as_it_is(tmp_path: Path) -> N
         "recovered": "not begun",
     }
     assert facts.status is None and facts.stages["pruned"].kind == "prune"
-    page = Page(render(facts))
+    page = Page(compose(facts).html)
     assert "This pipeline is not finished:" in page.text and "1 of 7 stages" in page.text
     assert "at epoch 0.5" in page.text and "The student, two_stage, is not finished yet" in page.text
-    assert page.tags.count("svg") == 1 + 3, "curves of the teacher and of what has begun"
+    curves = [figure for figure, _ in page.points if figure.startswith("curves")]
+    assert len(curves) == 3, "of the teacher and of what has begun"
+
+
+def test_a_pipeline_that_failed_at_its_first_stage_has_a_page_that_says_why(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    begin(store)
+    journal, key = journal_of(store), digest("key", "teacher")
+    journal.append(
+        {"type": "started", "name": "teacher", "key": key, "kind": "train", "params": {}, "inputs": []}
+    )
+    journal.append({"type": "failed", "name": "teacher", "key": key, "reason": "the loss is not finite"})
+    journal.append({"type": "ended", "status": "failed", "reason": "stages.teacher: the loss is not finite"})
+    facts = gather(store, PIPELINE)
+    assert [stage.state for stage in facts.stages.values()] == ["failed"] + ["not begun"] * 6
+    page = Page(compose(facts).html)
+    assert "0 of 7 stages" in page.text and "failed: the loss is not finite" in page.text
+    assert "The latest run failed: stages.teacher: the loss is not finite" in page.text
+    assert sorted(page.points["pipeline", "wide"]) == sorted(name for name, *_ in STAGES)
+    assert "there is nothing to draw" in page.text
+    begin(store)
+    assert gather(store, PIPELINE).stages["teacher"].state == "interrupted", "a new run has not come to it"
+
+
+def test_what_the_store_has_lost_is_named_and_the_rest_is_shown(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    begin(store)
+    for name in ("teacher", "blocks.1", "stabilized", "two_stage"):
+        finish(store, name)
+    store.artifact(digest("artifact", "blocks.1")).rmdir()
+    (store.root / "manifests" / f"{digest('key', 'stabilized')}.json").write_text("{}")
+    facts = gather(store, PIPELINE)
+    assert [stage.name for stage in facts.finished if not stage.has_artifact] == ["blocks.1"]
+    assert facts.stages["stabilized"].state == "damaged"
+    page = Page(compose(facts).html)
+    assert "The store has lost the networks of blocks.1:" in page.text
+    assert "its manifest cannot be read: " in page.text and "delete it: the stage will run again" in page.text
+    assert "Latency was measured of no stage" in page.text
+    assert "The recipe is gone from the store" in page.text
+    assert sorted(page.points["accuracy_macs", "wide"]) == ["blocks.1", "teacher", "two_stage"]
+    assert ("accuracy_latency", "wide") not in page.points
 
 
 def test_the_command_writes_the_latest_pipeline_or_the_named_one(
@@ -225,7 +304,9 @@ def test_the_command_writes_the_latest_pipeline_or_the_named_one(
     assert written.read_text("utf-8") == html
     out = tmp_path / "page.html"
     assert main(["report", PIPELINE[:6], "--out", str(out), "--json", *here]) == 0
-    assert json.loads(capfd.readouterr().out) == {"path": str(out), "pipeline": PIPELINE}
+    said = json.loads(capfd.readouterr().out)
+    assert (said["path"], said["pipeline"]) == (str(out), PIPELINE)
+    assert said["figures"][0] == str(tmp_path / "page_figures" / "pipeline.png")
     assert out.read_text("utf-8") == html
 
 
@@ -234,7 +315,6 @@ MISTAKES = {
     "no pipeline": (["--store", "empty"], "no pipeline was run in it yet; start one: pbkd run RECIPE"),
     "unknown id": (["ffff"], f"no single pipeline 'ffff'; it has {PIPELINE}, {EARLIER}"),
     "two fit": (["0a1b"], "no single pipeline '0a1b'; it fits 2 of them"),
-    "nothing finished": ([EARLIER], f"pipeline {EARLIER} (digits) has no finished stage yet, of 7"),
     "recipe not run": (
         [str(ROOT / "pipelines/recipes/digits.yaml"), "seed=7"],
         "was not run in it; it has ",

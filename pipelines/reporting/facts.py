@@ -1,4 +1,4 @@
-"""What the store knows of one pipeline, gathered for its report: facts only, nothing is run or changed."""
+"""What the store knows of one pipeline: facts only, nothing is run or changed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pipelines.journal import Journal, Record
 from pipelines.store import Manifest, Store
 
 Row = Mapping[str, Any]
-State = Literal["finished", "running", "interrupted", "not begun", "removed"]
+State = Literal["finished", "running", "failed", "interrupted", "not begun", "removed", "damaged"]
 SAME = {"nll": "test_loss"}  # of manifests that have the one and not the other
+FEATURE_ERROR = "feature_error_"  # and the number of the block
 LISTED = 5
 
 
@@ -23,12 +24,16 @@ class StageFacts:
 
     Attributes:
         role: `teacher`, `student`, `baseline` or `stage`.
-        state: `running` is what a killed run leaves, too; `removed`: finished, but its manifest is gone.
+        state: `running` is what a killed run leaves, too; `removed`: finished, but its manifest is gone;
+            `damaged`: its manifest cannot be read.
         key: None if no run has come to it.
         inputs: (role, name) of the stages it was made from, as far as it is known.
         manifest: None unless it is finished.
         rows: its history; of an unfinished stage what the journal has of it.
         latencies: milliseconds by name, such as `latency_ms`; None: it was tried, and does not work there.
+        reason: why it failed or is damaged.
+        begun: seconds since 1970 of its latest begin in the pipeline; None if it was reused or never begun.
+        has_artifact: whether the network it made is still in the store.
     """
 
     name: str
@@ -40,6 +45,34 @@ class StageFacts:
     manifest: Manifest | None = None
     rows: tuple[Row, ...] = ()
     latencies: Mapping[str, float | None] = field(default_factory=dict)
+    reason: str = ""
+    begun: float | None = None
+    has_artifact: bool = False
+
+    @property
+    def source(self) -> str | None:
+        """The stage whose network it starts from, if it is one of the pipeline."""
+        return dict(self.inputs).get("from")
+
+    @property
+    def seconds(self) -> float | None:
+        """What it took; of an unfinished stage what it took until its last report."""
+        if self.manifest is not None:
+            return self.manifest.seconds
+        if self.begun is None or not self.rows:
+            return None
+        return max(float(self.rows[-1]["time"]) - self.begun, 0.0)
+
+    @property
+    def feature_errors(self) -> dict[int, float]:
+        """By block, from 1: L_local of its features on test images, in the unit `relative`."""
+        metrics = self.manifest.metrics if self.manifest else {}
+        found = {
+            int(name.removeprefix(FEATURE_ERROR)): value
+            for name, value in metrics.items()
+            if name.startswith(FEATURE_ERROR) and value is not None
+        }
+        return dict(sorted(found.items()))
 
     def value(self, name: str) -> float | None:
         """The metric or latency called `name`, or None: not every version of pbkd measured everything."""
@@ -60,6 +93,7 @@ class PipelineFacts:
         folder: of its journal and its recipe.yaml.
         recipe: as it ran, in full.
         status: of its latest run; None if that has not ended, or was killed.
+        reason: why that failed, if it is known.
         begun, ended: seconds since 1970 of its first run's begin and its latest run's end.
         stages: by name, in the order of the recipe.
     """
@@ -72,6 +106,7 @@ class PipelineFacts:
     teacher: str
     student: str
     status: str | None
+    reason: str
     begun: float
     ended: float | None
     stages: dict[str, StageFacts]
@@ -85,6 +120,18 @@ class PipelineFacts:
     def unfinished(self) -> list[StageFacts]:
         """The others."""
         return [stage for stage in self.stages.values() if stage.manifest is None]
+
+    @property
+    def compared(self) -> list[StageFacts]:
+        """Teacher, student and baselines: the finished stages that have a role."""
+        return [stage for stage in self.finished if stage.role != "stage"]
+
+    def path(self, name: str) -> list[str]:
+        """From the first stage to `name`, each starting from the one before it."""
+        names = [name]
+        while (source := self.stages[names[0]].source) is not None and source not in names:
+            names.insert(0, source)
+        return names
 
 
 @dataclass(frozen=True)
@@ -130,10 +177,10 @@ def choose_pipeline(store: Store, prefix: str | None = None) -> str:
 
 
 def gather(store: Store, pipeline_id: str) -> PipelineFacts:
-    """Read the journal of a pipeline and the manifests of its stages.
+    """Read the journal of a pipeline and the manifests of its stages, finished or not.
 
     Raises:
-        UserError: there is no such pipeline, or no stage of it is finished.
+        UserError: there is no such pipeline, or it has left no journal.
     """
     known = store.pipelines()
     if pipeline_id not in known:
@@ -143,12 +190,13 @@ def gather(store: Store, pipeline_id: str) -> PipelineFacts:
         )
     folder = store.pipeline(pipeline_id)
     records, _ = Journal(folder / "journal.jsonl").read()
-    begins = [record for record in records if record.get("type") == "pipeline"]
+    begins = [number for number, record in enumerate(records) if record.get("type") == "pipeline"]
     if not begins:
         raise UserError(f"{folder / 'journal.jsonl'}: tells of no run; run the recipe again: pbkd run RECIPE")
+    latest, this_run = records[begins[-1]], records[begins[-1] :]
     ends = [record for record in records if record.get("type") == "ended"]
-    latest = begins[-1]
-    facts = PipelineFacts(
+    end = ends[-1] if any(record.get("type") == "ended" for record in this_run) else None
+    return PipelineFacts(
         id=pipeline_id,
         name=latest["name"],
         store=store.root,
@@ -156,17 +204,12 @@ def gather(store: Store, pipeline_id: str) -> PipelineFacts:
         recipe=latest.get("recipe") or {},
         teacher=latest["teacher"],
         student=latest["student"],
-        status=records[-1]["status"] if records[-1].get("type") == "ended" else None,
-        begun=begins[0]["time"],
+        status=end["status"] if end else None,
+        reason=str(end.get("reason") or "") if end else "",
+        begun=records[begins[0]]["time"],
         ended=ends[-1]["time"] if ends else None,
-        stages=_stages(store, latest, records),
+        stages=_stages(store, records, this_run, is_over=end is not None),
     )
-    if not facts.finished:
-        raise UserError(
-            f"store {store.root}: pipeline {pipeline_id} ({facts.name}) has no finished stage yet, of "
-            f"{len(facts.stages)}\nrun it on, then report: pbkd run {folder / 'recipe.yaml'}"
-        )
-    return facts
 
 
 def shock_groups(facts: PipelineFacts) -> list[list[Shock]]:
@@ -179,21 +222,23 @@ def shock_groups(facts: PipelineFacts) -> list[list[Shock]]:
     for stage in facts.stages.values():
         if stage.kind == "stabilize" or not (stage.series("gradient_norm") or stage.series("feature_cka")):
             continue
-        origin, stabilized = dict(stage.inputs).get("from"), 0
+        origin, stabilized = stage.source, 0
         while origin is not None and facts.stages[origin].kind == "stabilize":
             rows = facts.stages[origin].rows
             stabilized += int(max((row["step"] for row in rows), default=0))
-            origin = dict(facts.stages[origin].inputs).get("from")
+            origin = facts.stages[origin].source
         shock = Shock(stage, origin or "fresh weights", stabilized)
         groups.setdefault(origin or stage.name, []).append(shock)
     return list(groups.values())
 
 
-def _stages(store: Store, latest: Record, records: Sequence[Record]) -> dict[str, StageFacts]:
-    """Every stage of the run that `latest` begins, from what all runs of the pipeline have recorded."""
+def _stages(
+    store: Store, records: Sequence[Record], this_run: Sequence[Record], *, is_over: bool
+) -> dict[str, StageFacts]:
+    """Every stage of the latest run, from what all runs of the pipeline have recorded."""
     started = _by_name(records, "started")
     done = _by_name(records, "finished")
-    since = _by_name(records[records.index(latest) :], "started")
+    latest, since, failed = this_run[0], _by_name(this_run, "started"), _by_name(this_run, "failed")
     names = list(latest["stages"])
     keys = {name: (done.get(name) or started.get(name) or {}).get("key") for name in names}
     name_of = {key: name for name, key in reversed(keys.items()) if key is not None}
@@ -204,21 +249,27 @@ def _stages(store: Store, latest: Record, records: Sequence[Record]) -> dict[str
             progress.setdefault(record["key"], []).append(record["row"])
         elif record.get("type") == "latency":
             latencies[record["key"]] = record.get("latencies") or {"latency_ms": record["milliseconds"]}
-    is_over = records[-1].get("type") == "ended"
     stages = {}
     for name in names:
         key = keys[name]
-        manifest = store.manifest(key) if key else None
+        manifest, damage = _manifest(store, key)
         inputs: Iterable[tuple[str, str]] = ()
         if manifest is not None:
             inputs = ((given.role, given.key) for given in manifest.inputs)
         elif name in started:
             inputs = ((given["role"], given["key"]) for given in started[name]["inputs"])
+        by_name = tuple((role, name_of[other]) for role, other in inputs if other in name_of)
+        if key is None and (source := _planned_source(latest, names, name)) is not None:
+            by_name = (("from", source),)
         state: State = "not begun"
         if manifest is not None:
             state = "finished"
+        elif damage:
+            state = "damaged"
         elif name in done:
             state = "removed"
+        elif name in failed:
+            state = "failed"
         elif name in started:
             state = "running" if name in since and not is_over else "interrupted"
         stages[name] = StageFacts(
@@ -227,12 +278,23 @@ def _stages(store: Store, latest: Record, records: Sequence[Record]) -> dict[str
             role=_role(latest, name),
             state=state,
             key=key,
-            inputs=tuple((role, name_of[other]) for role, other in inputs if other in name_of),
+            inputs=by_name,
             manifest=manifest,
             rows=tuple(manifest.history if manifest else progress.get(key or "", ())),
             latencies=latencies.get(key or "", {}),
+            reason=damage or str(failed.get(name, {}).get("reason", "")),
+            begun=started[name]["time"] if name in started else None,
+            has_artifact=manifest is not None and store.artifact(manifest.artifact).is_dir(),
         )
     return stages
+
+
+def _manifest(store: Store, key: str | None) -> tuple[Manifest | None, str]:
+    """The manifest of `key`, or what is wrong with it."""
+    try:
+        return (store.manifest(key) if key else None), ""
+    except UserError as error:
+        return None, str(error)
 
 
 def _by_name(records: Iterable[Record], kind: str) -> dict[str, Record]:
@@ -248,8 +310,25 @@ def _role(latest: Record, name: str) -> str:
 
 def _kind(latest: Record, name: str) -> str:
     """What the recipe calls it; a member of a progressive stage is known by its group only."""
+    return str(_settings(latest, name).get("kind", "?"))
+
+
+def _settings(latest: Record, name: str) -> Mapping[str, Any]:
+    """What the recipe says of a stage, or of the group it is a member of."""
     stages = (latest.get("recipe") or {}).get("stages") or {}
-    return str((stages.get(name) or stages.get(name.rpartition(".")[0]) or {}).get("kind", "?"))
+    return stages.get(name) or stages.get(name.rpartition(".")[0]) or {}
+
+
+def _planned_source(latest: Record, names: Sequence[str], name: str) -> str | None:
+    """The stage that one which no run has come to would start from, by the recipe's rules."""
+    settings, position = _settings(latest, name), names.index(name)
+    if settings.get("kind") == "load" or settings.get("network") or not position:
+        return None
+    group, before = name.rpartition(".")[0], names[position - 1]
+    if settings.get("from") and not (group and before.startswith(f"{group}.")):
+        fitting = [other for other in names if settings["from"] in (other, other.rpartition(".")[0])]
+        return fitting[-1] if fitting else None
+    return before
 
 
 def _some(names: Sequence[str]) -> str:
