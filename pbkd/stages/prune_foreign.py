@@ -115,8 +115,9 @@ def _scores(group: ChannelGroup, tensors: dict[str, Tensor], criterion: str) -> 
     total = torch.zeros(group.size)
     for member in group.members:
         if member.role in wanted and member.tensor.endswith(".weight"):
-            weights = tensors[member.tensor].movedim(member.dimension, 0).flatten(1)[list(member.entries)]
-            total.index_add_(0, torch.tensor(member.channels), weights.pow(2).sum(1))
+            weights = tensors[member.tensor].movedim(member.dimension, 0)[list(member.entries)]
+            squares = weights.pow(2).reshape(len(weights), -1).sum(1)  # a norm has one weight a channel
+            total.index_add_(0, torch.tensor(member.channels), squares)
     if criterion == "bn_scale" and not bool(total.any()):
         return by_filter
     return total.sqrt()

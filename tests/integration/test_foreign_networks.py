@@ -16,6 +16,7 @@ from pbkd.data import Data, DataSettings, open_data
 from pbkd.engine import LocalSession, Precision
 from pbkd.errors import UserError
 from pbkd.networks import AnySpec, BlockNetwork, TracedSpec, architecture, fresh, on_meta, settings_of
+from pbkd.networks.channels import original_tensors
 from pbkd.networks.partition import is_exact
 from pbkd.stages import Block, Context, Prune, run_stage
 from pbkd.stages.base import Stage
@@ -156,6 +157,44 @@ def test_a_network_is_divided_narrowed_trained_pruned_and_loaded_elsewhere(
     images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = pruned(images).tolist()
+    assert answer(elsewhere, tmp_path / "artifact") == expected
+
+
+@pytest.mark.parametrize("criterion", ["l1", "group_norm", "bn_scale"])
+def test_the_least_important_channels_go(criterion: str, data: Data, tmp_path: Path) -> None:
+    network = fresh(spec_of("torchvision/resnet18"), 0).eval().requires_grad_(False)
+    tensors = original_tensors(network)
+    for name in ("conv1", "bn1", "conv2"):  # all alike, and then some of them large
+        tensors[f"layer1.0.{name}.weight"].fill_(0.01)
+    large = torch.arange(0, 64, 2)
+    if criterion == "bn_scale":
+        tensors["layer1.0.bn1.weight"][large] = 1 + large / 64
+    else:
+        tensors["layer1.0.conv1.weight"][large] = 1 + large.view(-1, 1, 1, 1) / 64
+    tensors["layer1.0.bn1.bias"].copy_(torch.arange(64))  # tells the channels apart
+    settings = {"ratio": 0.5, "criterion": criterion, "recalibrate_images": 0}
+    pruned = outcome(Prune.model_validate({"kind": "prune", **settings}), network, data, tmp_path)
+    assert original_tensors(pruned)["layer1.0.bn1.bias"].tolist() == large.tolist()
+
+
+@pytest.mark.parametrize("scope", ["interior", "all"])
+@pytest.mark.parametrize("arch", ["torchvision/resnet18", "torchvision/mobilenet_v2"])
+def test_a_network_is_pruned_to_a_share_of_its_macs(
+    arch: str, scope: str, data: Data, elsewhere: subprocess.Popen[str], tmp_path: Path
+) -> None:
+    """By a ranking of the whole network, with and without the interfaces of its blocks."""
+    torch.set_num_threads(1)
+    network = fresh(spec_of(arch), 0).eval().requires_grad_(False)
+    settings = {"macs": 0.6, "criterion": "group_norm", "ranking": "global", "scope": scope, "round_to": 4}
+    stage = Prune.model_validate({"kind": "prune", **settings, "recalibrate_images": 4})
+    session = LocalSession(tmp_path / "prune", torch.device("cpu"), 0, 1, 60.0)
+    inputs = {"from": network, "teacher": network}
+    result = run_stage(stage, Context(session, inputs, data, 0, Precision()))
+    assert 0.5 < 1 / result.metrics["macs_ratio"] <= 0.6
+    artifact.save(result.network, tmp_path / "artifact")
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = result.network(images).tolist()
     assert answer(elsewhere, tmp_path / "artifact") == expected
 
 
