@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from scipy.stats import t as student_t
 
-from pipelines.durable import replace
+from pbkd.storage import Folder
 from pipelines.graph import build_graph, finished
 from pipelines.latency import Latencies
 from pipelines.recipe import Recipe, load_recipe
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument(
         "--until", metavar="STAGE[,STAGE]", help="only these and what they need, as pbkd run has it"
     )
-    parser.add_argument("--store", type=Path, default=Path("runs"))
+    parser.add_argument("--store", default="runs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/RECIPE.csv")
     arguments = parser.parse_intermixed_args()
     out = arguments.out or Path(__file__).parent / "results" / f"{arguments.recipe.stem}.csv"
@@ -191,7 +191,7 @@ def _write(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace(path, text.getvalue().encode())
+    Folder(path.parent).replace(path.name, text.getvalue().encode())
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -103,8 +103,8 @@ def run(
     out = _output()
     out.print(result_table(result))
     student = result.manifests[graph.student]
-    out.print(f"\nstudent: {opened.artifact(student.artifact)}", soft_wrap=True)
-    is_default = store == Path(os.environ.get("PBKD_STORE", DEFAULT_STORE))
+    out.print(f"\nstudent: {opened.artifact_location(student.artifact)}", soft_wrap=True)
+    is_default = store == os.environ.get("PBKD_STORE", DEFAULT_STORE)
     where = "" if is_default else f" --store {store}"
     out.print(f"next:    pbkd ui{where}    pbkd lineage {student.artifact[:12]}{where}", soft_wrap=True)
 
@@ -200,7 +200,7 @@ def report(
     opened = _required(store)
     identity, command = _reported(which, overrides or [], opened)
     facts = gather(opened, identity)
-    written = write(compose(facts, command), out or facts.folder / "report.html")
+    written = write(compose(facts, command), out or opened.pipeline(identity) / "report.html")
     page, figures = str(written.page), [str(figure) for figure in written.figures]
     typer.echo(json.dumps({"path": page, "pipeline": identity, "figures": figures}) if json_ else page)
     if open_ and not webbrowser.open(written.page.as_uri()):
@@ -225,9 +225,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except Exception as error:
         from pbkd.errors import StageError, UserError
+        from pbkd.storage import Unreachable
         from pipelines.exhaustion import exhaustion
 
-        reason = str(error) if isinstance(error, UserError | StageError) else exhaustion(error)
+        has_said = isinstance(error, UserError | StageError | Unreachable)
+        reason = str(error) if has_said else exhaustion(error)
         if reason is None:
             raise
         _complain(reason)
@@ -256,17 +258,17 @@ def _output() -> Any:
     return Console(width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
 
 
-def _existing(path: Path) -> Store | None:
+def _existing(location: str) -> Store | None:
     """The store, if it is one already: looking at a recipe makes none."""
     from pipelines.store import Store
 
-    return Store(path) if (path / "manifests").is_dir() else None
+    return Store(location) if Store.exists(location) else None
 
 
-def _required(path: Path) -> Store:
+def _required(location: str) -> Store:
     from pipelines.store import Store
 
-    return Store.existing(path)
+    return Store.existing(location)
 
 
 def _graph(path: Path, recipe: Recipe, store: Store | None, until: str | None = None) -> Graph:
@@ -300,7 +302,7 @@ def _reported(which: str | None, overrides: list[str], store: Store) -> tuple[st
 
     graph = _graph(path, load_recipe(path, overrides), store)
     require_keys(graph)
-    return pipeline_id(graph), shlex.join(["pbkd", "run", which, *overrides, "--store", str(store.root)])
+    return pipeline_id(graph), shlex.join(["pbkd", "run", which, *overrides, "--store", store.location])
 
 
 def _plan_rows(graph: Graph, store: Store | None) -> list[dict[str, Any]]:
@@ -348,7 +350,7 @@ def _run_report(result: PipelineResult) -> dict[str, Any]:
                 "state": result.outcomes[name],
                 "seconds": manifest.seconds,
                 "run_id": ids.get(manifest.key, {}).get("run_id"),
-                "artifact": str(result.store.artifact(manifest.artifact)),
+                "artifact": result.store.artifact_location(manifest.artifact),
                 **costs,
                 **{timing: result.latencies[name].get(timing) for timing in TIMINGS},
                 **qualities,
@@ -358,7 +360,7 @@ def _run_report(result: PipelineResult) -> dict[str, Any]:
     return {
         "recipe": graph.recipe.name,
         "pipeline_run": result.ids["pipeline_run"],
-        "store": str(result.store.root),
+        "store": result.store.location,
         "seconds": result.seconds,
         "teacher": graph.teacher,
         "student": graph.student,

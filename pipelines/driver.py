@@ -20,7 +20,6 @@ from pipelines.store import Manifest, Store
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
 END_SECONDS = 20.0
 Outcome = Literal["ran", "reused"]
@@ -141,8 +140,8 @@ class Driver:
         leased = []
         for node in chain:
             key = _key(node)
-            watcher = self._elsewhere.setdefault(node.name, LeaseWatcher(self._store.root, key))
-            lease = try_acquire(self._store.root, key, dead=watcher.dead())
+            watcher = self._elsewhere.setdefault(node.name, LeaseWatcher(self._store.storage, key))
+            lease = try_acquire(self._store.storage, key, dead=watcher.dead())
             if lease is None:
                 break
             self._held[key] = lease
@@ -168,14 +167,15 @@ class Driver:
             )
             for node in chain
         )
-        return Job(self._store.root, self._graph.data, data_digest, recipe.compute, stages)
+        return Job(self._store.location, self._graph.data, data_digest, recipe.compute, stages)
 
     def _wait(self) -> None:
         """Let a moment pass, or a job end; then see what has come of it."""
+        moment = self._store.storage.poll_seconds
         if self._running:
-            ended, _ = wait(self._running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+            ended, _ = wait(self._running, timeout=moment, return_when=FIRST_COMPLETED)
         else:
-            time.sleep(POLL_SECONDS)  # what is left is being run by somebody else
+            time.sleep(moment)  # what is left is being run by somebody else
             ended = set()
         self._observe()
         for future in ended:
@@ -233,7 +233,7 @@ class Driver:
 
     def _read_progress(self, node: Node) -> None:
         key = _key(node)
-        progress = Journal(self._store.root / "work" / key / PROGRESS)
+        progress = Journal(self._store.work(key), PROGRESS)
         rows, self._offsets[key] = progress.read(self._offsets.get(key, 0))
         for row in rows:
             if "warning" in row:

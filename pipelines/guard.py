@@ -2,9 +2,11 @@
 
 import faulthandler
 import logging
+import math
 import os
 import sys
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -54,12 +56,14 @@ class Guard:
         self._thread.join()
 
     def _run(self) -> None:
-        seen, idle = self._steps, 0.0
+        seen, idle, looked = self._steps, 0.0, -math.inf
         while not self._stop.wait(LOOK_SECONDS):
-            try:
-                self._is_wanted = self._lease.is_wanted()
-            except OSError as error:
-                log.warning("the lease cannot be read, will try again: %s", error)
+            if time.monotonic() - looked >= self._lease.storage.poll_seconds:
+                looked = time.monotonic()
+                try:
+                    self._is_wanted = self._lease.is_wanted()
+                except OSError as error:
+                    log.warning("the lease cannot be read, will try again: %s", error)
             if self._steps is None or self._steps != seen:
                 seen, idle = self._steps, 0.0
                 continue

@@ -24,6 +24,7 @@ from pbkd.engine import LocalSession, Precision, Stopped, keep_freed_memory
 from pbkd.errors import StageError, UserError
 from pbkd.networks import BlockNetwork
 from pbkd.stages import Context, Stage, StageResult, run_stage
+from pbkd.storage import Storage
 from pipelines.exhaustion import exhaustion
 from pipelines.guard import Guard
 from pipelines.journal import Journal
@@ -53,7 +54,7 @@ class Job:
     The loader in `data` is `ffcv` or `torch`: the driver has chosen for all of them.
     """
 
-    store: Path
+    store: str
     data: DataSettings
     data_digest: str
     compute: Compute
@@ -79,7 +80,7 @@ def carry_out(job: Job, rank: int = 0) -> None:
         if store.manifest(item.key) is not None:
             continue
         work = store.work(item.key)
-        if not item.lease.is_wanted() or (work / FAILURE).exists():
+        if not item.lease.is_wanted() or FAILURE in work.names():
             return  # an earlier attempt, or another rank in it, gave up
         try:
             data = data or open_data(job.data, job.data_digest, store.root / "cache")
@@ -120,12 +121,12 @@ def _carry_out(store: Store, job: Job, item: StageJob, data: Data, rank: int, gu
 
 
 @contextmanager
-def _warnings_to(work: Path, rank: int) -> Iterator[None]:
+def _warnings_to(work: Storage, rank: int) -> Iterator[None]:
     """Let rank 0's warnings reach the user through the stage's progress, from whatever machine."""
     if rank != 0:
         yield
         return
-    handler = _ProgressHandler(Journal(work / PROGRESS))
+    handler = _ProgressHandler(Journal(work, PROGRESS))
     loggers = [logging.getLogger(name) for name in ("pbkd", "pipelines")]
     for logger in loggers:
         logger.addHandler(handler)
@@ -151,19 +152,18 @@ class _ProgressHandler(logging.Handler):
 
 def failure(store: Store, key: str) -> Exception | None:
     """What `carry_out` left of a failed stage; taken away by asking."""
-    path = store.work(key) / FAILURE
-    if not path.exists():
+    work = store.work(key)
+    try:
+        record = json.loads(work.read(FAILURE))
+    except FileNotFoundError:
         return None
-    record = json.loads(path.read_text())
-    path.unlink()
+    work.remove(FAILURE)
     return (UserError if record["user"] else StageError)(record["message"])
 
 
-def _leave_failure(work: Path, error: Exception) -> None:
+def _leave_failure(work: Storage, error: Exception) -> None:
     record = {"user": isinstance(error, UserError), "message": str(error)}
-    partial = work / f".failure-{os.getpid()}"
-    partial.write_text(json.dumps(record))
-    partial.replace(work / FAILURE)
+    work.replace(FAILURE, json.dumps(record).encode())
 
 
 def _load(store: Store, key: str) -> BlockNetwork:
@@ -171,14 +171,21 @@ def _load(store: Store, key: str) -> BlockNetwork:
     manifest = store.manifest(key)
     if manifest is None:
         raise StageError(f"stage {key[:12]} was to be finished before those that start from it, but is not")
-    folder = store.artifact(manifest.artifact)
     try:
-        if artifact.read(folder).digest != manifest.artifact:
-            raise UserError(f"{folder}: holds another network than the one it is named for")
-        return artifact.load(folder)
+        return _read(store.artifact(manifest.artifact), manifest.artifact)
+    except UserError:
+        pass  # perhaps only a copy of it is damaged
+    try:
+        return _read(store.artifact(manifest.artifact, fresh=True), manifest.artifact)
     except UserError as error:
-        cure = f"rm -r {folder} {store.manifest_path(key)}"
+        cure = store.cure([key])
         raise UserError(f"{error}\nafter this, the stage that made it runs again: {cure}") from error
+
+
+def _read(folder: Path, digest: str) -> BlockNetwork:
+    if artifact.read(folder).digest != digest:
+        raise UserError(f"{folder}: holds another network than the one it is named for")
+    return artifact.load(folder)
 
 
 def _publish(store: Store, job: Job, item: StageJob, result: StageResult, seconds: float) -> None:

@@ -2,13 +2,13 @@
 
 `leases/KEY/000007.json` is generation 7. The highest generation owns the key; taking over is creating the
 next number, which exactly one contender can do. The owner renews by replacing its own file with a higher
-counter. Only exclusive create, replace of one's own file, read and list are used, so the protocol maps to an
-object store's conditional puts.
+counter.
 """
 
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -19,13 +19,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pbkd.errors import StageError
-from pipelines.durable import create, hex_name, replace
+from pbkd.errors import StageError, UserError
+from pbkd.storage import Storage
 
 log = logging.getLogger(__name__)
 
 RENEW_SECONDS = 2.0
 TTL_SECONDS = 15.0
+
+
+def hex_name(name: str) -> str:
+    """Return `name` if it is a stage key or digest, else raise UserError: no other path can be made of it."""
+    if not re.fullmatch(r"[0-9a-f]{6,128}", name):
+        raise UserError(f"{name!r} is not a stage key or digest: expected at least 6 hexadecimal digits")
+    return name
 
 
 class Fenced(StageError):  # noqa: N818 - the protocol's word
@@ -85,7 +92,7 @@ class Generation:
 class Lease:
     """The right to work on `key`. A pickled copy can only be asked; the original is renewed and released."""
 
-    folder: Path
+    storage: Storage
     key: str
     generation: int
     token: str
@@ -97,11 +104,11 @@ class Lease:
 
     def is_current(self) -> bool:
         """True while no higher generation exists and this one is not released."""
-        return self._is_mine(read_newest(self.folder))
+        return self._is_mine(read_newest(self.storage))
 
     def is_wanted(self) -> bool:
         """True while it is current and the owner has not asked the workers to stop."""
-        newest = read_newest(self.folder)
+        newest = read_newest(self.storage)
         return self._is_mine(newest) and not newest.stopping
 
     def ask_to_stop(self) -> None:
@@ -115,10 +122,10 @@ class Lease:
     def renew(self) -> bool:
         """Show that the owner lives; False (and nothing written) once the lease is released or fenced out."""
         with self._lock:
-            if self.released or read_newest(self.folder).number != self.generation:
+            if self.released or read_newest(self.storage).number != self.generation:
                 return False
             self.counter += 1
-            replace(self._path, self._content(), sync=False)
+            self.storage.replace(_name(self.generation), self._content(), sync=False)
             return True
 
     def release(self) -> None:
@@ -126,11 +133,7 @@ class Lease:
         with self._lock:
             if not self.released:
                 self.released = True
-                replace(self._path, self._content())
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / f"{self.generation:06d}.json"
+                self.storage.replace(_name(self.generation), self._content())
 
     def _content(self) -> bytes:
         state = {
@@ -151,34 +154,42 @@ class Lease:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
-def try_acquire(store_dir: Path, key: str, owner: Owner | None = None, dead: int = 0) -> Lease | None:
-    """Take the lease of `key` in the store at `store_dir` if it is free; None if somebody else has it.
+def leases_of(storage: Storage, key: str) -> Storage:
+    """Return where the generations of `key` are, in the storage of a store."""
+    return storage.below(f"leases/{hex_name(key)}")
+
+
+def try_acquire(storage: Storage, key: str, owner: Owner | None = None, dead: int = 0) -> Lease | None:
+    """Take the lease of `key` in the storage of a store if it is free; None if somebody else has it.
 
     `dead` is the generation a `LeaseWatcher` has judged dead: up to it, an unreleased one counts as free. Who
     gets the lease looks for the manifest once more before working: the last owner may have published.
     """
-    folder = store_dir / "leases" / hex_name(key)
-    folder.mkdir(parents=True, exist_ok=True)
-    newest = read_newest(folder)
+    place = leases_of(storage, key)
+    newest = read_newest(place)
     if newest.number > dead and not newest.released:
         return None
-    lease = Lease(folder, key, newest.number + 1, uuid.uuid4().hex, owner or Owner.here())
-    return lease if create(lease._path, lease._content()) else None
+    lease = Lease(place, key, newest.number + 1, uuid.uuid4().hex, owner or Owner.here())
+    return lease if place.create(_name(lease.generation), lease._content()) else None
 
 
-def read_newest(folder: Path) -> Generation:
-    """Return the highest generation in `folder`; number 0, which counts as released, if there is none."""
-    numbers = [int(path.stem) for path in folder.glob("[0-9]*.json")]
+def read_newest(place: Storage) -> Generation:
+    """Return the highest generation of `leases_of`; number 0, which counts as released, if there is none."""
+    numbers = [int(name.removesuffix(".json")) for name in place.names() if name[0].isdigit()]
     if not numbers:
         return Generation(0, released=True)
     try:
-        state = json.loads((folder / f"{max(numbers):06d}.json").read_bytes())
+        state = json.loads(place.read(_name(max(numbers))))
         owner = Owner(**state.pop("owner"))
         return Generation(max(numbers), owner=owner, **state)
     except FileNotFoundError:
         return Generation(0, released=True)  # a finished stage's, removed by `pbkd store gc` just now
     except (ValueError, KeyError, TypeError):
         return Generation(max(numbers))  # emptied by a power cut: nobody renews it, so its watchers take over
+
+
+def _name(generation: int) -> str:
+    return f"{generation:06d}.json"
 
 
 class LeaseWatcher:
@@ -190,10 +201,14 @@ class LeaseWatcher:
     """
 
     def __init__(
-        self, store_dir: Path, key: str, ttl: float = TTL_SECONDS, clock: Callable[[], float] = time.monotonic
+        self,
+        storage: Storage,
+        key: str,
+        ttl: float = TTL_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to watch; the owner has `ttl` seconds from the first look on."""
-        self._folder = store_dir / "leases" / hex_name(key)
+        self._place = leases_of(storage, key)
         self._ttl = ttl
         self._clock = clock
         self._seen: tuple[int, int] | None = None
@@ -201,7 +216,7 @@ class LeaseWatcher:
 
     def dead(self) -> int:
         """Look once; return the generation `try_acquire` may take over, or 0 while its owner may live."""
-        newest = read_newest(self._folder)
+        newest = read_newest(self._place)
         if newest.released or (newest.owner is not None and newest.owner.is_gone()):
             return newest.number
         now = self._clock()

@@ -4,7 +4,6 @@ from collections import deque
 from typing import Any
 
 from pbkd.errors import UserError
-from pipelines.journal import Journal
 from pipelines.store import Input, Manifest, Store
 from pipelines.tracking import connect, read_ids, tracking_lock
 
@@ -42,7 +41,7 @@ def _recorded(store: Store) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     names: dict[str, str] = {}
     ids: dict[str, dict[str, str]] = {}
     for pipeline_id in reversed(store.pipelines()):
-        for record in Journal(store.pipeline(pipeline_id) / "journal.jsonl").read()[0]:
+        for record in store.journal(pipeline_id).read()[0]:
             if record.get("type") in ("started", "finished"):
                 names[record["key"]] = record["name"]
         ids |= read_ids(store, pipeline_id).get("stages", {})
@@ -86,7 +85,7 @@ def _walk(store: Store, start: Manifest) -> list[Manifest]:
                 source = store.manifest(given.key)
                 if source is None:
                     raise UserError(
-                        f"stage {manifest.key[:12]}: its input {given.key[:12]} is not in {store.root}\n"
+                        f"stage {manifest.key[:12]}: its input {given.key[:12]} is not in {store.location}\n"
                         "name the store that has it with --store DIR"
                     )
                 found[given.key] = source

@@ -78,7 +78,7 @@ class Projection:
             tags = {
                 "pbkd.pipeline": record["id"],
                 "pbkd.role": "pipeline",
-                "pbkd.store": str(self._store.root),
+                "pbkd.store": self._store.location,
                 "mlflow.source.name": f"pbkd run {record['name']}",
             }
             name = f"{record['name']} {record['id'][:8]}"

@@ -10,12 +10,11 @@ from omegaconf import OmegaConf
 
 from pbkd.errors import StageError, UserError
 from pipelines.driver import Display, Driver, Outcome
-from pipelines.durable import replace
 from pipelines.executors import Executor, open_executor
 from pipelines.graph import Graph, finished, pipeline_id, require_keys
 from pipelines.journal import Journal
 from pipelines.latency import Latencies, Milliseconds
-from pipelines.store import Manifest, Store
+from pipelines.store import RECIPE, Manifest, Store
 from pipelines.tracking import Tracker, default_uri, read_ids
 
 MLFLOW_SECONDS = 60.0
@@ -49,8 +48,7 @@ def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult
     executor = None if is_done else open_executor(graph.recipe.compute, store)
     try:
         identity, latencies = pipeline_id(graph), Latencies(store, graph.recipe.compute)
-        folder = store.pipeline(identity)
-        journal = Journal(folder / "journal.jsonl")
+        journal = store.journal(identity)
         driver = Driver(graph, store, journal, display)
         is_recorded = is_done and _ended_well(journal) and latencies.are_measured(driver.manifests.values())
         tracker = Tracker(graph.recipe.tracking.uri or default_uri(store), store, identity)
@@ -59,7 +57,7 @@ def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult
         try:
             if not is_recorded:
                 recipe = OmegaConf.create(graph.recipe.model_dump(mode="json"))
-                replace(folder / "recipe.yaml", OmegaConf.to_yaml(recipe).encode())
+                store.records(identity).replace(RECIPE, OmegaConf.to_yaml(recipe).encode())
                 _run(driver, executor, latencies)
         except KeyboardInterrupt:
             patience = MLFLOW_SECONDS_WHEN_STOPPED

@@ -220,7 +220,7 @@ class StageRuns:
             source_run_id=stage.run_id,
             tags={
                 "mlflow.model.isExternal": "true",
-                "pbkd.artifact": str(self._store.artifact(manifest.artifact)),
+                "pbkd.artifact": self._store.artifact_location(manifest.artifact),
                 "pbkd.stage_key": manifest.key,
                 "pbkd.weights_digest": manifest.digest,
                 "pbkd.kind": manifest.kind,

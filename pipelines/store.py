@@ -1,12 +1,11 @@
 """The store: manifests, artifacts, latencies, unfinished work. The one source of truth of all runs."""
 
 import json
-import os
 import re
-import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -14,10 +13,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from pbkd.errors import StageError, UserError
-from pipelines.durable import create, hex_name, replace, sync_files, sync_folder
-from pipelines.lease import Fenced, Lease
+from pbkd.storage import Folder, Storage
+from pipelines.journal import Journal
+from pipelines.lease import Fenced, Lease, hex_name
 
 SHORTEST_PREFIX = 6
+RECIPE = "recipe.yaml"
 
 Hex = Annotated[str, AfterValidator(hex_name)]
 """A stage key or digest: as the name of a file it stays in its folder."""
@@ -60,14 +61,29 @@ class Manifest(BaseModel):
     created: float
 
 
+def open_storage(location: str | Path) -> Storage:
+    """Return the storage of a folder, or of the address of an object store such as `s3://BUCKET/PREFIX`."""
+    if "://" in str(location):
+        from pipelines.object_storage import ObjectStorage
+
+        return ObjectStorage(str(location))
+    return Folder(Path(location).expanduser().absolute())
+
+
 class Store:
-    """A folder that any number of pipelines, on any number of nodes that see it, may use at the same time."""
+    """What any number of pipelines, on any number of nodes that see it, may use at the same time.
+
+    Attributes:
+        storage: what keeps it: a folder, or an object store.
+        root: that folder; of an object store, a folder of this machine for copies, caches and logs.
+    """
 
     FOLDERS = ("manifests", "artifacts", "leases", "work", "latency", "pipelines", "mlflow", "scratch")
 
-    def __init__(self, root: Path) -> None:
-        """Open the store `root`, made if need be. Raises UserError, leaving nothing behind, if it fails."""
-        self.root = Path(root).expanduser().absolute()
+    def __init__(self, location: str | Path) -> None:
+        """Open the store, made if need be. Raises UserError, leaving nothing behind, if it fails."""
+        self.storage = open_storage(location)
+        self.root = self.storage.here
         made: list[Path] = []
         try:
             for folder in (
@@ -77,43 +93,53 @@ class Store:
                 if not folder.is_dir():
                     folder.mkdir(exist_ok=True)
                     made.append(folder)
-            self._probe()
+            self.storage.prepare("manifests")
         except OSError as error:
             for folder in reversed(made):
                 _remove_if_empty(folder)
             raise UserError(
-                f"store {self.root}: cannot be used: {error.strerror or error}\n"
+                f"store {self.location}: cannot be used: {error.strerror or error}\n"
                 "choose a folder you may write to, on a file system that has hard links: --store DIR"
             ) from error
 
     @classmethod
-    def existing(cls, root: Path) -> Self:
+    def existing(cls, location: str | Path) -> Self:
         """Open a store that is there already; raises UserError, and makes none, if it is not."""
-        if not (root / "manifests").is_dir():
-            raise UserError(f"store {root}: there is none; run a recipe first, or name it by --store DIR")
-        return cls(root)
+        if not cls.exists(location):
+            raise UserError(f"store {location}: there is none; run a recipe first, or name it by --store DIR")
+        return cls(location)
+
+    @staticmethod
+    def exists(location: str | Path) -> bool:
+        """Whether there is a store."""
+        return "manifests" in open_storage(location).names()
+
+    @property
+    def location(self) -> str:
+        """What names it after `--store`."""
+        return self.storage.location()
 
     # Manifests
 
-    def manifest_path(self, key: str) -> Path:
+    def manifest_location(self, key: str) -> str:
         """Return where the manifest of stage `key` is, or would be."""
-        return self.root / "manifests" / f"{hex_name(key)}.json"
+        return self.storage.location(_manifest(key))
 
     def manifest(self, key: str) -> Manifest | None:
         """Return the manifest of stage `key`, or None if the stage is not finished."""
-        path = self.manifest_path(key)
+        place = self.manifest_location(key)
         try:
-            manifest = Manifest.model_validate_json(path.read_bytes())
+            manifest = Manifest.model_validate_json(self.storage.read(_manifest(key)))
         except FileNotFoundError:
             return None
         except ValidationError as error:
             first = error.errors()[0]
-            place = "".join(f"{part}: " for part in first["loc"])
+            entry = "".join(f"{part}: " for part in first["loc"])
             raise _damaged(
-                path, f"not a manifest this version of pbkd can read: {place}{first['msg']}"
+                place, f"not a manifest this version of pbkd can read: {entry}{first['msg']}"
             ) from error
         if manifest.key != key:
-            raise _damaged(path, f"the manifest of another stage, {manifest.key[:12]}")
+            raise _damaged(place, f"the manifest of another stage, {manifest.key[:12]}")
         return manifest
 
     def publish(self, manifest: Manifest, lease: Lease) -> None:
@@ -128,7 +154,7 @@ class Store:
             raise Fenced(
                 f"stage {manifest.key[:12]}: another runner took over its lease; this result is dropped"
             )
-        if create(self.manifest_path(manifest.key), manifest.model_dump_json(indent=1).encode()):
+        if self.storage.create(_manifest(manifest.key), manifest.model_dump_json(indent=1).encode()):
             return
         present = self.manifest(manifest.key)
         if present is None or present.artifact != manifest.artifact:
@@ -138,10 +164,34 @@ class Store:
 
     def manifests(self) -> Iterator[Manifest]:
         """Yield every finished stage's manifest, in the order of their keys."""
-        for path in sorted((self.root / "manifests").glob("[0-9a-f]*.json")):
-            manifest = self.manifest(path.stem)
+        for key in self.keys():
+            manifest = self.manifest(key)
             if manifest is not None:
                 yield manifest
+
+    def keys(self) -> list[str]:
+        """Return the keys of all finished stages, in order."""
+        names = self.storage.names("manifests")
+        return [name.removesuffix(".json") for name in names if re.fullmatch(r"[0-9a-f]{6,128}\.json", name)]
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Forget finished stages, so that they run again; of their artifacts those go that no other has."""
+        doomed = set()
+        for key in keys:
+            with suppress(UserError):  # its manifest is damaged, and says nothing
+                if (manifest := self.manifest(key)) is not None:
+                    doomed.add(manifest.artifact)
+            self.storage.remove(_manifest(key))
+        for key in self.keys() if doomed else ():
+            with suppress(UserError):
+                if (manifest := self.manifest(key)) is not None:
+                    doomed.discard(manifest.artifact)
+        for digest in doomed:
+            self.storage.remove(_artifact(digest))
+
+    def cure(self, keys: Iterable[str]) -> str:
+        """Return the command that drops stages."""
+        return f"pbkd store drop {' '.join(keys)} --store {self.location}"
 
     def find(self, reference: str) -> Manifest:
         """Return the stage of a key (or unique prefix), an artifact (digest or folder) or digest of weights.
@@ -149,75 +199,87 @@ class Store:
         Of several stages that made one artifact it is the first to have finished. Raises UserError if none
         fits.
         """
-        path, artifacts = Path(reference).resolve(), (self.root / "artifacts").resolve()
-        is_inside = path != artifacts and path.is_relative_to(artifacts)
-        name = path.relative_to(artifacts).parts[0] if is_inside else reference
+        name = self._artifact_named(reference) or reference
         if len(name) >= SHORTEST_PREFIX and all(letter in "0123456789abcdef" for letter in name):
-            keys = [path.stem for path in (self.root / "manifests").glob(f"{name}*.json")]
-            if len(keys) > 1 and name not in keys:
-                found = ", ".join(key[: len(name) + 4] for key in sorted(keys)[:4])
-                raise UserError(f"{reference!r} fits {len(keys)} stages: {found} …: give more digits")
-            if keys and (manifest := self.manifest(name if name in keys else keys[0])) is not None:
+            key = self._key(name)
+            if key is not None and (manifest := self.manifest(key)) is not None:
                 return manifest
             made = [manifest for manifest in self.manifests() if name in (manifest.artifact, manifest.digest)]
             if made:
                 return min(made, key=lambda manifest: manifest.created)
         raise UserError(
-            f"{reference!r} is not in the store {self.root}\n"
+            f"{reference!r} is not in the store {self.location}\n"
             f"looked for: a stage key or {SHORTEST_PREFIX}+ digits of one, an artifact (digest or folder), "
             "a digest of weights\nlist them with pbkd run RECIPE --json; name another store with --store DIR"
         )
 
+    def key(self, prefix: str) -> str:
+        """Return the key of the finished stage that begins with `prefix`. Raises UserError if none does."""
+        found = self._key(hex_name(prefix))
+        if found is None:
+            raise UserError(f"{prefix}: no finished stage of the store {self.location} has such a key")
+        return found
+
+    def _key(self, prefix: str) -> str | None:
+        keys = [key for key in self.keys() if key.startswith(prefix)]
+        if len(keys) > 1 and prefix not in keys:
+            found = ", ".join(key[: len(prefix) + 4] for key in keys[:4])
+            raise UserError(f"{prefix!r} fits {len(keys)} stages: {found} …: give more digits")
+        return prefix if prefix in keys else keys[0] if keys else None
+
+    def _artifact_named(self, reference: str) -> str | None:
+        """The digest in the address of something in `artifacts`, or None."""
+        if reference.startswith(place := f"{self.storage.location('artifacts')}/"):
+            return reference.removeprefix(place).partition("/")[0]
+        path, artifacts = Path(reference).resolve(), (self.root / "artifacts").resolve()
+        if path == artifacts or not path.is_relative_to(artifacts):
+            return None
+        return path.relative_to(artifacts).parts[0]
+
     # Artifacts and work
 
-    def artifact(self, digest: str) -> Path:
-        """Return the folder of an artifact, whether it is there or not."""
-        return self.root / "artifacts" / hex_name(digest)
+    def artifact(self, digest: str, fresh: bool = False) -> Path:
+        """Return the folder of an artifact on this machine, whether it is there or not.
+
+        Of an object store it is a copy; `fresh` trusts none that was made before.
+        """
+        return self.storage.local(_artifact(digest), fresh)
+
+    def artifact_location(self, digest: str) -> str:
+        """Return where the artifact is, or would be."""
+        return self.storage.location(_artifact(digest))
 
     def add_artifact(self, folder: Path, digest: str) -> Path:
-        """Move the finished `folder`, made by `scratch`, to its place; if that is taken, drop the folder."""
-        place = self.artifact(digest)
-        if not place.exists():
-            sync_files(folder)
-            try:
-                folder.rename(place)
-            except OSError:
-                if not place.exists():
-                    raise
-            sync_folder(place.parent)
-        else:
-            os.utime(place)  # it is young again, and `pbkd store gc` leaves it to this stage
-        shutil.rmtree(folder, ignore_errors=True)  # equal content was first
-        return place
+        """Move the finished `folder`, made by `scratch`, to its place; if that is taken, drop the folder.
+
+        An artifact that is there already is young again, and `pbkd store gc` leaves it to this stage.
+        """
+        self.storage.add(folder, _artifact(digest))
+        return self.artifact(digest)
 
     def scratch(self) -> Path:
-        """Return a new empty folder on the store's file system; its user moves or removes it."""
+        """Return a new empty folder of this machine; its user adds or removes it."""
         folder = self.root / "scratch" / uuid.uuid4().hex
         folder.mkdir()
         return folder
 
-    def work(self, key: str) -> Path:
-        """Return the folder of an unfinished stage's checkpoints and progress, made if it is not there."""
-        folder = self.root / "work" / hex_name(key)
-        folder.mkdir(exist_ok=True)
-        return folder
+    def work(self, key: str) -> Storage:
+        """Return where an unfinished stage's checkpoints and progress are."""
+        return self.storage.below(f"work/{hex_name(key)}")
 
     def remove_work(self, key: str) -> None:
         """Remove what an unfinished stage left; nothing to remove is fine."""
-        folder = self.root / "work" / hex_name(key)
-        doomed = self.root / "scratch" / uuid.uuid4().hex
-        try:
-            folder.rename(doomed)  # at once, so that nobody resumes from a half-removed checkpoint
-        except FileNotFoundError:
-            return
-        shutil.rmtree(doomed)
+        self.storage.remove(f"work/{hex_name(key)}")
 
     # Latency
 
     def latencies(self, network: str, machine: str) -> dict[str, Timed | None]:
         """Return what was timed of the architecture of digest `network` on `machine`; None: it cannot be."""
-        path = self._latency_path(network, machine)
-        found: dict[str, Timed | None] = json.loads(path.read_bytes())["latencies"] if path.exists() else {}
+        try:
+            record = json.loads(self.storage.read(_latency(network, machine)))
+        except FileNotFoundError:
+            return {}
+        found: dict[str, Timed | None] = record["latencies"]
         return found
 
     def add_latencies(self, network: str, machine: str, found: Mapping[str, Timed | None]) -> None:
@@ -228,41 +290,62 @@ class Store:
             "latencies": self.latencies(network, machine) | dict(found),
             "created": time.time(),
         }
-        replace(self._latency_path(network, machine), json.dumps(record).encode())
+        self.storage.replace(_latency(network, machine), json.dumps(record).encode())
 
     # Pipelines
 
     def pipeline(self, pipeline_id: str) -> Path:
-        """Return the folder of a pipeline, made if it is not there."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", pipeline_id):
-            raise UserError(
-                f"{pipeline_id!r} is not a pipeline's id: expected letters, digits and - _ . only"
-            )
-        folder = self.root / "pipelines" / pipeline_id
+        """Return this machine's folder of a pipeline, made if it is not there."""
+        folder = self.root / _pipeline(pipeline_id)
         folder.mkdir(exist_ok=True)
         return folder
 
+    def records(self, pipeline_id: str) -> Storage:
+        """Return where a pipeline's journal and its recipe.yaml are."""
+        return self.storage.below(_pipeline(pipeline_id))
+
+    def journal(self, pipeline_id: str) -> Journal:
+        """Return the journal of a pipeline, whether it is begun or not."""
+        return Journal(self.records(pipeline_id))
+
+    def recipe(self, pipeline_id: str) -> Path:
+        """Return the recipe a pipeline ran, as a file of this machine; whether it is there or not."""
+        path = self.pipeline(pipeline_id) / RECIPE
+        with suppress(FileNotFoundError):
+            content = self.records(pipeline_id).read(RECIPE)
+            if not path.exists() or path.read_bytes() != content:
+                path.write_bytes(content)
+        return path
+
     def pipelines(self) -> list[str]:
         """Return the ids of all pipelines that have a journal, the one written to last first."""
-        journals = list((self.root / "pipelines").glob("*/journal.jsonl"))
-        return [
-            path.parent.name for path in sorted(journals, key=lambda path: path.stat().st_mtime, reverse=True)
-        ]
-
-    def _probe(self) -> None:
-        # Permissions may allow what the file system refuses: writing, and hard links.
-        folder = self.scratch()
-        try:
-            create(folder / "probe", b"probe")
-        finally:
-            shutil.rmtree(folder)
-
-    def _latency_path(self, network: str, machine: str) -> Path:
-        return self.root / "latency" / f"{hex_name(network)}-{sha256(machine.encode()).hexdigest()[:16]}.json"
+        written = {}
+        for pipeline_id in self.storage.names("pipelines"):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                written[pipeline_id] = self.storage.stat(f"pipelines/{pipeline_id}/journal.jsonl").modified
+        return sorted(written, key=lambda pipeline_id: written[pipeline_id], reverse=True)
 
 
-def _damaged(path: Path, what: str) -> UserError:
-    return UserError(f"{path}: {what}\nif it was damaged, delete it: the stage will run again")
+def _manifest(key: str) -> str:
+    return f"manifests/{hex_name(key)}.json"
+
+
+def _artifact(digest: str) -> str:
+    return f"artifacts/{hex_name(digest)}"
+
+
+def _latency(network: str, machine: str) -> str:
+    return f"latency/{hex_name(network)}-{sha256(machine.encode()).hexdigest()[:16]}.json"
+
+
+def _pipeline(pipeline_id: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", pipeline_id):
+        raise UserError(f"{pipeline_id!r} is not a pipeline's id: expected letters, digits and - _ . only")
+    return f"pipelines/{pipeline_id}"
+
+
+def _damaged(place: str, what: str) -> UserError:
+    return UserError(f"{place}: {what}\nif it was damaged, delete it: the stage will run again")
 
 
 def _remove_if_empty(folder: Path) -> None:

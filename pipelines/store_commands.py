@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-DEFAULT_STORE = Path("runs")
+DEFAULT_STORE = "runs"
 
 app = typer.Typer(help="Look after the store of finished work.")
 
 StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="PBKD_STORE", help="Folder of finished work.", show_default=True)
+    str,
+    typer.Option("--store", envvar="PBKD_STORE", metavar="DIR|URL", help="Where finished work is."),
 ]
 Machine = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
 
@@ -33,14 +33,12 @@ def check(
     findings = find(opened, full)
     damaged = sum(finding.severity == "damage" for finding in findings)
     if json_:
-        rows = [asdict(finding) | {"path": str(finding.path)} for finding in findings]
-        typer.echo(
-            json.dumps({"store": str(opened.root), "full": full, "damaged": damaged, "findings": rows})
-        )
+        rows = [asdict(finding) for finding in findings]
+        typer.echo(json.dumps({"store": opened.location, "full": full, "damaged": damaged, "findings": rows}))
     else:
         for finding in findings:
             typer.echo(f"{finding.severity}: {finding.path}: {finding.what}\n  cure: {finding.cure}")
-        finished = sum(1 for _ in (opened.root / "manifests").glob("[0-9a-f]*.json"))
+        finished = len(opened.keys())
         extent = "weights too" if full else "weights unread, --full reads them"
         typer.echo(
             f"{finished} finished stages ({extent}): {damaged} damaged, {len(findings) - damaged} left over"
@@ -59,21 +57,36 @@ def gc(
 ) -> None:
     """Remove what nothing refers to: work of finished stages, artifacts of no stage, leftovers of crashes."""
     from pipelines.store import Store
-    from pipelines.store_check import remove, size_of, unused
+    from pipelines.store_check import location, remove, size_of, unused
 
     opened = Store.existing(store)
-    sizes = {path: size_of(path) for path in unused(opened)}
+    names = unused(opened)
+    sizes = {location(opened, name): size_of(opened, name) for name in names}
     if apply:
-        for path in sizes:
-            remove(opened, path)
+        for name in names:
+            remove(opened, name)
     if json_:
-        rows = [{"path": str(path), "bytes": size} for path, size in sizes.items()]
-        typer.echo(json.dumps({"store": str(opened.root), "applied": apply, "unused": rows}))
+        rows = [{"path": path, "bytes": size} for path, size in sizes.items()]
+        typer.echo(json.dumps({"store": opened.location, "applied": apply, "unused": rows}))
         return
     for path, size in sizes.items():
         typer.echo(f"{size / 1e6:10.1f} MB  {path}")
     done = "removed" if apply else "to remove: pbkd store gc --apply"
     typer.echo(f"{sum(sizes.values()) / 1e6:10.1f} MB in {len(sizes)} places {done}")
+
+
+@app.command(epilog="Example: pbkd store drop 0123abcd4567")
+def drop(
+    keys: Annotated[list[str], typer.Argument(metavar="KEY...", help="Stage keys, or 6+ digits of them.")],
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Forget finished stages, so that they run again: what mends a damaged one."""
+    from pipelines.store import Store
+
+    opened = Store.existing(store)
+    chosen = [opened.key(given) for given in keys]
+    opened.drop(chosen)
+    typer.echo(f"{len(set(chosen))} stages dropped; the next run that needs them repeats them")
 
 
 @app.command(epilog="Example: pbkd store replay --uri http://127.0.0.1:5000")
@@ -91,6 +104,6 @@ def replay(
     target = uri or default_uri(opened)
     written = write(target, opened)
     if json_:
-        typer.echo(json.dumps({"store": str(opened.root), "uri": target, "pipelines": written}))
+        typer.echo(json.dumps({"store": opened.location, "uri": target, "pipelines": written}))
     else:
         typer.echo(f"{len(written)} of {len(opened.pipelines())} pipelines written to {target}")

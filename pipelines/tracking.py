@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from pbkd.errors import StageError
-from pipelines.durable import replace
-from pipelines.journal import Journal
+from pbkd.storage import Folder, Storage
 from pipelines.projection import Projection
 from pipelines.store import Store
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+IDS = "tracking.json"
 LONGEST_PAUSE_SECONDS = 60.0
 # A dead server is to cost seconds, not the minutes of MLflow's own settings; what the user set stands.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -47,9 +47,26 @@ def connect(uri: str) -> "MlflowClient":
 
 def read_ids(store: Store, pipeline_id: str) -> dict[str, Any]:
     """Return `{"uri", "experiment_id", "pipeline_run", "stages": {KEY: {"run_id", "model_id"}}}` or {}."""
-    path = store.pipeline(pipeline_id) / "tracking.json"
-    ids: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
-    return ids
+    for place in (_here(store, pipeline_id), store.records(pipeline_id)):
+        try:
+            ids: dict[str, Any] = json.loads(place.read(IDS))
+        except FileNotFoundError:
+            continue
+        return ids
+    return {}
+
+
+def _here(store: Store, pipeline_id: str) -> Storage:
+    return Folder(store.pipeline(pipeline_id))
+
+
+def _write_ids(store: Store, pipeline_id: str, ids: dict[str, Any]) -> None:
+    """Keep the ids on this machine and, if others can reach that MLflow too, in the store."""
+    places = [_here(store, pipeline_id)]
+    if not ids["uri"].startswith("sqlite:"):
+        places.append(store.records(pipeline_id))
+    for place in {place.location(): place for place in places}.values():  # of a folder both are one
+        place.replace(IDS, json.dumps(ids, indent=1).encode())
 
 
 class Tracker:
@@ -63,8 +80,7 @@ class Tracker:
         self.uri = uri
         self._store = store
         self._id = pipeline_id
-        self._folder = store.pipeline(pipeline_id)
-        self._journal = Journal(self._folder / "journal.jsonl")
+        self._journal = store.journal(pipeline_id)
         self._projection: Projection | None = None
         self._offset = 0
         self._has_failed = False
@@ -85,7 +101,7 @@ class Tracker:
                     self._projection.apply(records)
                     self._offset = offset
                     ids = {"uri": self.uri} | self._projection.ids()
-                    replace(self._folder / "tracking.json", json.dumps(ids, indent=1).encode())
+                    _write_ids(self._store, self._id, ids)
             except BaseException:
                 self._projection = None  # what it had written is unknown: the next one looks everything up
                 raise

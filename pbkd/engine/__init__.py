@@ -1,7 +1,7 @@
 """The training loop, its settings, its resumable state, and the session through which it sees the machine."""
 
 from pbkd.engine.allocator import keep_freed_memory
-from pbkd.engine.checkpoints import CheckpointFolder
+from pbkd.engine.checkpoints import Checkpoints
 from pbkd.engine.loop import fit
 from pbkd.engine.mask import Mask
 from pbkd.engine.session import LocalSession, Session, Stopped
@@ -15,7 +15,7 @@ ENGINE_VERSION = 1
 
 __all__ = [
     "ENGINE_VERSION",
-    "CheckpointFolder",
+    "Checkpoints",
     "LocalSession",
     "Mask",
     "OptimizerSettings",

@@ -1,38 +1,34 @@
-"""Checkpoint files: written whole or not at all, beside the training, and believed only if they are sound."""
+"""Checkpoints: written whole or not at all, beside the training, and believed only if they are sound."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
-import os
-import shutil
-import uuid
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from pbkd.engine.state import State
+from pbkd.storage import Storage
 
 log = logging.getLogger(__name__)
 
 KEPT = 2
-PARTIAL = ".partial-"
+HEADER_LENGTH = 8  # bytes that a safetensors file begins with: the length of its JSON header
 
 
-class CheckpointFolder:
-    """Checkpoints of one training: `step-NNN/{state.safetensors,state.json}`, each written atomically.
+class Checkpoints:
+    """Checkpoints of one training, `step-NNN-SHA256`: safetensors with all that is no tensor as metadata.
 
-    The newest two are kept. One that does not match its own digest is passed over, with a warning.
+    The newest two are kept. One that does not match the digest in its name is passed over, with a warning.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
 
     def save(self, state: State) -> None:
         """Write a checkpoint: a crash at any moment leaves either all of it or nothing that is ever read.
@@ -40,66 +36,58 @@ class CheckpointFolder:
         Raises:
             OSError: it could not be written; those before it are as they were.
         """
-        final = self._place(state.step)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{PARTIAL}{uuid.uuid4().hex}"
-        try:
-            partial.mkdir()
-            blob = save_tensors(state.tensors)
-            header = {"step": state.step, "numbers": state.numbers, "history": state.history}
-            header["digest"] = _digest(header, blob)
-            _write(partial / "state.safetensors", blob)
-            _write(partial / "state.json", json.dumps(header).encode())
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-        except OSError:
-            shutil.rmtree(partial, ignore_errors=True)  # what a full disk needs most is room
-            raise
-        _sync(self.folder)
-        found = self._checkpoints()
-        kept = [path for path in found if path <= final][-KEPT:]  # a later one was damaged, or is of no use
-        for path in found:
-            if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+        rest = {"step": state.step, "numbers": state.numbers, "history": state.history}
+        content = save_tensors(state.tensors, {"state": json.dumps(rest)})
+        name = f"step-{state.step:09d}-{hashlib.sha256(content).hexdigest()}"
+        self._storage.replace(name, content)
+        found = self._names()
+        # A later one was damaged, or is of no use; so is another one of the same step.
+        kept = [name, *[other for other in found if _step(other) < _step(name)][1 - KEPT :]]
+        for other in found:
+            if other not in kept:
+                self._storage.remove(other)
 
     def clean(self) -> None:
         """Remove what a crash left half written; for a new writer, before it begins."""
-        for abandoned in self.folder.glob(f"{PARTIAL}*"):
-            shutil.rmtree(abandoned, ignore_errors=True)
+        for abandoned in self._storage.leftovers():
+            if abandoned.startswith(".step-"):
+                self._storage.remove(abandoned)
 
     def restore(self, *, warn: bool = True) -> State | None:
         """The newest sound checkpoint, or None; what is passed over for it is warned of in one line."""
         found, damaged = None, []
-        for path in reversed(self._checkpoints()):
+        for name in reversed(self._names()):
             try:
-                found = _read(path)
+                found = _parse(name, self._storage.read(name))
                 break
+            except FileNotFoundError:
+                continue  # removed a moment ago
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                damaged.append(f"{path.name} is damaged ({_one_line(error)})")
+                if isinstance(error, OSError) and error.errno != errno.EIO:
+                    raise  # it may be sound, and cannot be reached
+                damaged.append(f"{_step(name)} is damaged ({_one_line(error)})")
         if damaged and warn:
             goes_on = "begins again" if found is None else f"goes on from step {found.step}"
-            log.warning("checkpoint %s/%s: the training %s", self.folder, "; ".join(damaged), goes_on)
+            place = self._storage.location()
+            log.warning("checkpoint %s/%s: the training %s", place, "; ".join(damaged), goes_on)
         return found
 
-    def _place(self, step: int) -> Path:
-        return self.folder / f"step-{step:09d}"
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
+    def _names(self) -> list[str]:
+        return [name for name in self._storage.names() if name.startswith("step-")]
 
 
 class CheckpointWriter:
-    """Saves to a folder from a thread of its own, one state at a time, so that training need not wait."""
+    """Saves from a thread of its own, one state at a time, so that training need not wait."""
 
-    def __init__(self, folder: CheckpointFolder) -> None:
-        self._folder = folder
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="pbkd-checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, state: State) -> None:
         """Begin to write `state`, when the one before it is written. Raises OSError if that one was not."""
         self.wait()
-        self._pending = self._thread.submit(self._folder.save, state)
+        self._pending = self._thread.submit(self._checkpoints.save, state)
 
     def wait(self) -> None:
         """Return when nothing is being written. Raises OSError if the last state could not be written."""
@@ -108,35 +96,18 @@ class CheckpointWriter:
             pending.result()
 
 
-def _read(path: Path) -> State:
-    blob = (path / "state.safetensors").read_bytes()
-    header = json.loads((path / "state.json").read_bytes())
-    if header.pop("digest") != _digest(header, blob):
+def _step(name: str) -> str:
+    """`step-NNN` of a checkpoint's name."""
+    return name[: name.rfind("-")]
+
+
+def _parse(name: str, content: bytes) -> State:
+    if hashlib.sha256(content).hexdigest() != name.rpartition("-")[2]:
         raise ValueError("contents do not match their digest")
-    return State(header["step"], load_tensors(blob), header["numbers"], header["history"])
-
-
-def _digest(header: Mapping[str, Any], blob: bytes) -> str:
-    text = json.dumps({name: header[name] for name in ("step", "numbers", "history")}, sort_keys=True)
-    found = hashlib.sha256(text.encode())
-    found.update(blob)
-    return found.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    length = int.from_bytes(content[:HEADER_LENGTH], "little")
+    header = json.loads(content[HEADER_LENGTH : HEADER_LENGTH + length])
+    rest = json.loads(header["__metadata__"]["state"])
+    return State(rest["step"], load_tensors(content), rest["numbers"], rest["history"])
 
 
 def _one_line(error: Exception) -> str:

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pbkd.engine.checkpoints import CheckpointFolder, CheckpointWriter
+from pbkd.engine.checkpoints import Checkpoints, CheckpointWriter
 from pbkd.engine.state import Row, State
+from pbkd.storage import Folder, Storage
 
 
 class Session(Protocol):
@@ -58,7 +59,7 @@ class LocalSession:
     """A session in this process, alone or as one of `world_size` ranks of an initialized process group.
 
     Args:
-        folder: where checkpoints and `progress.jsonl` go; None keeps nothing.
+        storage: where checkpoints and `progress.jsonl` go, a folder or what is like one; None keeps nothing.
         device: where the stage computes.
         rank: of this process.
         world_size: number of ranks; above 1, `torch.distributed` must be initialized.
@@ -70,7 +71,7 @@ class LocalSession:
 
     def __init__(
         self,
-        folder: Path | None = None,
+        storage: Storage | Path | None = None,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
@@ -80,19 +81,17 @@ class LocalSession:
         pause: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self._checkpoints = CheckpointFolder(folder) if folder else None
+        self._storage = Folder(storage) if isinstance(storage, Path) else storage
+        self._checkpoints = Checkpoints(self._storage) if self._storage else None
         self._writer = CheckpointWriter(self._checkpoints) if self._checkpoints else None
-        self._progress = folder / "progress.jsonl" if folder else None
         self._seconds, self._steps = checkpoint_seconds, checkpoint_steps
         self._saved_at, self._saved_step = time.monotonic(), 0
         self._should_stop, self._pause = should_stop, pause
 
     def report(self, row: Row) -> None:
         """Append the row to `progress.jsonl` (rank 0)."""
-        if self.rank == 0 and self._progress is not None:
-            self._progress.parent.mkdir(parents=True, exist_ok=True)
-            with self._progress.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        if self.rank == 0 and self._storage is not None:
+            self._storage.append("progress.jsonl", json.dumps(row).encode() + b"\n", sync=False)
 
     def due(self, step: int) -> bool:
         """Whether enough seconds or steps have passed since the last checkpoint (rank 0)."""

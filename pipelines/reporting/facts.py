@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pbkd.errors import UserError
-from pipelines.journal import Journal, Record
+from pipelines.journal import Record
 from pipelines.store import Manifest, Store
 
 Row = Mapping[str, Any]
@@ -90,7 +90,8 @@ class PipelineFacts:
     """A pipeline as its journal and the manifests of its stages tell it.
 
     Attributes:
-        folder: of its journal and its recipe.yaml.
+        store: its address.
+        recipe_path: its recipe.yaml, on this machine.
         recipe: as it ran, in full.
         status: of its latest run; None if that has not ended, or was killed.
         reason: why that failed, if it is known.
@@ -100,8 +101,8 @@ class PipelineFacts:
 
     id: str
     name: str
-    store: Path
-    folder: Path
+    store: str
+    recipe_path: Path
     recipe: Mapping[str, Any]
     teacher: str
     student: str
@@ -161,7 +162,7 @@ def choose_pipeline(store: Store, prefix: str | None = None) -> str:
     """The id that begins with `prefix`, or the pipeline written to last; UserError if there is none."""
     known = store.pipelines()
     if not known:
-        raise UserError(f"store {store.root}: no pipeline was run in it yet; start one: pbkd run RECIPE")
+        raise UserError(f"store {store.location}: no pipeline was run in it yet; start one: pbkd run RECIPE")
     if prefix is None:
         return known[0]
     fitting = [name for name in known if name.startswith(prefix)]
@@ -170,7 +171,7 @@ def choose_pipeline(store: Store, prefix: str | None = None) -> str:
     if len(fitting) != 1:
         found = f"fits {len(fitting)} of them, {_some(fitting)}" if fitting else f"has {_some(known)}"
         raise UserError(
-            f"store {store.root}: it has no single pipeline '{prefix}'; it {found}\n"
+            f"store {store.location}: it has no single pipeline '{prefix}'; it {found}\n"
             "give an id of these, or a recipe (a .yaml file), or nothing for the latest"
         )
     return fitting[0]
@@ -185,22 +186,23 @@ def gather(store: Store, pipeline_id: str) -> PipelineFacts:
     known = store.pipelines()
     if pipeline_id not in known:
         raise UserError(
-            f"store {store.root}: pipeline {pipeline_id} was not run in it; it has {_some(known) or 'none'}\n"
+            f"store {store.location}: pipeline {pipeline_id} was not run in it; "
+            f"it has {_some(known) or 'none'}\n"
             "run it first with pbkd run, or name another store with --store DIR"
         )
-    folder = store.pipeline(pipeline_id)
-    records, _ = Journal(folder / "journal.jsonl").read()
+    records, _ = store.journal(pipeline_id).read()
     begins = [number for number, record in enumerate(records) if record.get("type") == "pipeline"]
     if not begins:
-        raise UserError(f"{folder / 'journal.jsonl'}: tells of no run; run the recipe again: pbkd run RECIPE")
+        place = store.records(pipeline_id).location("journal.jsonl")
+        raise UserError(f"{place}: tells of no run; run the recipe again: pbkd run RECIPE")
     latest, this_run = records[begins[-1]], records[begins[-1] :]
     ends = [record for record in records if record.get("type") == "ended"]
     end = ends[-1] if any(record.get("type") == "ended" for record in this_run) else None
     return PipelineFacts(
         id=pipeline_id,
         name=latest["name"],
-        store=store.root,
-        folder=folder,
+        store=store.location,
+        recipe_path=store.recipe(pipeline_id),
         recipe=latest.get("recipe") or {},
         teacher=latest["teacher"],
         student=latest["student"],

@@ -12,7 +12,7 @@ UNKNOWN = "–"
 
 def commands(facts: PipelineFacts, typed: str | None) -> list[tuple[str, str]]:
     """(what it does, the command). `typed` is what runs the recipe where it lies, if that is known."""
-    recorded = shlex.join(["pbkd", "run", str(facts.folder / "recipe.yaml"), "--store", str(facts.store)])
+    recorded = shlex.join(["pbkd", "run", str(facts.recipe_path), "--store", facts.store])
     found = [("As it was typed", typed)] if typed else []
     found.append(("Here: what is finished is reused, what is missing is made", recorded))
     commits = dict.fromkeys(stage.manifest.git for stage in facts.finished if stage.manifest)
@@ -21,7 +21,7 @@ def commands(facts: PipelineFacts, typed: str | None) -> list[tuple[str, str]]:
         found.append(("Anywhere else, with the recipe below saved as recipe.yaml", elsewhere))
     student = facts.stages[facts.student]
     if student.manifest is not None:
-        here = f"--store {shlex.quote(str(facts.store))}"
+        here = f"--store {shlex.quote(facts.store)}"
         looks = f"pbkd lineage {student.manifest.artifact[:12]} {here}\npbkd ui {here}"
         found.append(("The student's lineage, and the runs in MLflow", looks))
     return found
@@ -42,7 +42,7 @@ def provenance(facts: PipelineFacts) -> list[tuple[str, str]]:
 
 def recipe_of(facts: PipelineFacts) -> str:
     """The recipe as it ran; empty if the store has lost it."""
-    path = facts.folder / "recipe.yaml"
+    path = facts.recipe_path
     return path.read_text("utf-8") if path.is_file() else ""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pbkd.errors import UserError
-from pipelines.durable import replace
+from pbkd.storage import Folder
 from pipelines.reporting.page import Report
 
 
@@ -33,12 +33,12 @@ def write(report: Report, path: Path) -> Written:
     path = path.expanduser().absolute()
     folder = figures_folder(path)
     try:
-        replace(path, report.html.encode(), sync=False)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)  # first: it makes no folder above
+        Folder(path.parent).replace(path.name, report.html.encode(), sync=False)
         written = []
         for drawing in report.drawings:
             figure = folder / f"{drawing.name}.png"
-            replace(figure, drawing.png(), sync=False)
+            Folder(folder).replace(figure.name, drawing.png(), sync=False)
             written.append(figure)
         for stale in set(folder.glob("*.png")).difference(written):
             stale.unlink()

@@ -63,7 +63,7 @@ def manifest_of(name: str, seed: int = 0) -> Manifest:
 
 def publish(store: Store, manifest: Manifest) -> None:
     store.add_artifact(store.scratch(), manifest.artifact)
-    lease = try_acquire(store.root, manifest.key)
+    lease = try_acquire(store.storage, manifest.key)
     assert lease is not None
     store.publish(manifest, lease)
     lease.release()
@@ -76,7 +76,7 @@ def pipeline_record(pipeline_id: str = PIPELINE, **changes: Any) -> dict[str, An
 
 
 def journal_of(store: Store, pipeline_id: str = PIPELINE) -> Journal:
-    return Journal(store.pipeline(pipeline_id) / "journal.jsonl")
+    return store.journal(pipeline_id)
 
 
 def record_pipeline(store: Store, pipeline_id: str = PIPELINE, seed: int = 0, state: str = "ran") -> None:

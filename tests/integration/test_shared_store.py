@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+from pbkd.storage import Folder
 from pipelines.lease import try_acquire
 from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until, with_database
 
@@ -34,7 +35,7 @@ def test_a_run_that_lost_a_lease_publishes_nothing_and_waits_for_the_new_owner(t
     with pbkd("run", SMALL, "compute.executor=local", steps, "--store", store, "--json") as command:
         until(lambda: any(tmp_path.glob("work/*/step-*")), "a checkpoint of the first stage")
         key = next(tmp_path.glob("work/*/step-*")).parent.name
-        lease = try_acquire(tmp_path, key, dead=1)  # as another run that thought the first one dead
+        lease = try_acquire(Folder(tmp_path), key, dead=1)  # as another run that thought the first one dead
         assert lease is not None
         until(lambda: not command.processes("spawn_main"), "the end of the first one's work")
         assert not any(tmp_path.glob("manifests/*.json"))

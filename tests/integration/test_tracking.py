@@ -208,12 +208,12 @@ def test_a_projection_cut_off_anywhere_and_begun_again_gives_the_same(
     store: Store, tmp_path: Path, cut: int
 ) -> None:
     record_pipeline(store)
-    journal = journal_of(store)
-    whole = journal.path.read_bytes()
+    file = store.root / "pipelines" / PIPELINE / "journal.jsonl"
+    whole = file.read_bytes()
     uri = empty_database(tmp_path / "cut.db")
-    journal.path.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]) + whole.splitlines()[cut][:9])
+    file.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]) + whole.splitlines()[cut][:9])
     Tracker(uri, store, PIPELINE).project()
-    journal.path.write_bytes(whole)
+    file.write_bytes(whole)
     Tracker(uri, store, PIPELINE).project()
     replay(default_uri(store), store)
     assert runs_of(uri) == runs_of(default_uri(store))
@@ -314,7 +314,7 @@ def test_an_unusable_mlflow_is_reported_once_and_stops_nothing(
         assert not tracker.close(timeout=60)
     messages = [record.getMessage() for record in caplog.records if record.name == "pipelines.tracking"]
     assert sum("training goes on" in message for message in messages) == 1
-    assert try_acquire(store.root, keys()["teacher"]) is not None
+    assert try_acquire(store.storage, keys()["teacher"]) is not None
     Tracker(default_uri(store), store, PIPELINE).project()
     assert len(runs_of(default_uri(store))) == 5
 
@@ -371,13 +371,13 @@ def test_a_server_killed_in_mid_run_costs_nothing_and_gets_everything_when_it_is
     server = start_server(folder, port)
     try:
         record_pipeline(store)
-        journal = journal_of(store)
-        whole = journal.path.read_bytes()
-        journal.path.write_bytes(b"".join(whole.splitlines(keepends=True)[:8]))
+        file = store.root / "pipelines" / PIPELINE / "journal.jsonl"
+        whole = file.read_bytes()
+        file.write_bytes(b"".join(whole.splitlines(keepends=True)[:8]))
         Tracker(uri, store, PIPELINE).project()
         tracker = Tracker(uri, store, PIPELINE)
         stop_server(server)
-        journal.path.write_bytes(whole)
+        file.write_bytes(whole)
         tracker.start()
         assert not tracker.close(timeout=30)
         server = start_server(folder, port)

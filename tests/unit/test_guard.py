@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pbkd.storage import Folder
 from pipelines import guard as guard_module
 from pipelines.exhaustion import exhaustion
 from pipelines.guard import Guard
@@ -24,7 +25,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("how", ["asked", "fenced out", "released"])
 def test_a_training_ends_when_its_owner_asks_or_has_lost_it(how: str, tmp_path: Path) -> None:
-    lease = try_acquire(tmp_path, KEY)
+    lease = try_acquire(Folder(tmp_path), KEY)
     assert lease is not None
     with Guard(lease, 1e9) as guard:
         assert not guard.step()
@@ -34,7 +35,7 @@ def test_a_training_ends_when_its_owner_asks_or_has_lost_it(how: str, tmp_path: 
         elif how == "released":
             lease.release()
         else:
-            assert try_acquire(tmp_path, KEY, dead=1) is not None
+            assert try_acquire(Folder(tmp_path), KEY, dead=1) is not None
         ended = threading.Event()
         while not guard.step():
             ended.wait(0.01)
@@ -43,10 +44,11 @@ def test_a_training_ends_when_its_owner_asks_or_has_lost_it(how: str, tmp_path: 
 HANGING = """
 import sys, threading
 from pathlib import Path
+from pbkd.storage import Folder
 from pipelines import guard
 from pipelines.lease import try_acquire
 guard.LOOK_SECONDS = 0.01
-with guard.Guard(try_acquire(Path(sys.argv[1]), "ab" * 32), 0.1) as watch:
+with guard.Guard(try_acquire(Folder(Path(sys.argv[1])), "ab" * 32), 0.1) as watch:
     watch.step()
     if sys.argv[2] == "pauses":
         watch.pause()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pbkd.storage import Folder
 from pipelines.lease import Generation, Heartbeat, Lease, LeaseWatcher, Owner, try_acquire
 
 KEY = "ab" * 32
@@ -26,7 +27,7 @@ class Clock:
 
 
 def acquired(store_dir: Path, owner: Owner | None = None) -> Lease:
-    lease = try_acquire(store_dir, KEY, owner)
+    lease = try_acquire(Folder(store_dir), KEY, owner)
     assert lease is not None
     return lease
 
@@ -34,7 +35,7 @@ def acquired(store_dir: Path, owner: Owner | None = None) -> Lease:
 def contend(store_dir: Path, connection: Connection) -> None:
     connection.send("ready")
     connection.recv()
-    lease = try_acquire(store_dir, KEY)
+    lease = try_acquire(Folder(store_dir), KEY)
     connection.send(lease is not None)
     connection.recv()  # stay alive, so that the lease is not a dead process's
 
@@ -61,14 +62,14 @@ def test_exactly_one_of_many_wins_a_generation_seen_free_by_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acquired(tmp_path)
-    monkeypatch.setattr("pipelines.lease.read_newest", lambda folder: seen)
+    monkeypatch.setattr("pipelines.lease.read_newest", lambda place: seen)
     seen = Generation(0, released=True)  # what a contender saw just before the other one created generation 1
-    assert try_acquire(tmp_path, KEY) is None
+    assert try_acquire(Folder(tmp_path), KEY) is None
 
 
 def test_a_released_lease_is_free_at_once_and_the_next_has_a_higher_generation(tmp_path: Path) -> None:
     first = acquired(tmp_path)
-    assert try_acquire(tmp_path, KEY) is None
+    assert try_acquire(Folder(tmp_path), KEY) is None
     first.release()
     assert not first.is_current()
     second = acquired(tmp_path)
@@ -83,17 +84,21 @@ def test_a_heartbeat_does_not_take_a_release_back(tmp_path: Path) -> None:
     heartbeat.add(lease)
     lease.release()
     heartbeat.beat()
-    assert try_acquire(tmp_path, KEY) is not None
+    assert try_acquire(Folder(tmp_path), KEY) is not None
 
 
 def test_a_dead_process_on_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
-    script = (
-        "import sys, pathlib, pipelines.lease as l; l.try_acquire(pathlib.Path(sys.argv[1]), sys.argv[2])"
-    )
+    script = """
+import sys
+from pathlib import Path
+from pbkd.storage import Folder
+from pipelines.lease import try_acquire
+try_acquire(Folder(Path(sys.argv[1])), sys.argv[2])
+"""
     subprocess.run([sys.executable, "-c", script, str(tmp_path), KEY], check=True)
-    assert try_acquire(tmp_path, KEY) is None
-    watcher = LeaseWatcher(tmp_path, KEY, clock=Clock())
-    lease = try_acquire(tmp_path, KEY, dead=watcher.dead())
+    assert try_acquire(Folder(tmp_path), KEY) is None
+    watcher = LeaseWatcher(Folder(tmp_path), KEY, clock=Clock())
+    lease = try_acquire(Folder(tmp_path), KEY, dead=watcher.dead())
     assert lease is not None and lease.generation == 2
 
 
@@ -106,7 +111,7 @@ def test_a_process_with_a_reused_pid_is_not_its_predecessor() -> None:
 
 def test_an_owner_elsewhere_is_dead_when_its_counter_stands_still(tmp_path: Path) -> None:
     lease, clock = acquired(tmp_path, ELSEWHERE), Clock()
-    watcher = LeaseWatcher(tmp_path, KEY, ttl=15, clock=clock)
+    watcher = LeaseWatcher(Folder(tmp_path), KEY, ttl=15, clock=clock)
     assert watcher.dead() == 0
     clock.now += 14.9
     assert watcher.dead() == 0
@@ -125,7 +130,7 @@ def test_a_fenced_out_owner_knows_it_and_stops_renewing(
     old = acquired(tmp_path, ELSEWHERE)
     heartbeat = Heartbeat()
     heartbeat.add(old)
-    new = try_acquire(tmp_path, KEY, dead=old.generation)
+    new = try_acquire(Folder(tmp_path), KEY, dead=old.generation)
     assert new is not None and new.is_current() and not old.is_current()
     heartbeat.beat()
     assert "taken over" in caplog.text
@@ -134,14 +139,14 @@ def test_a_fenced_out_owner_knows_it_and_stops_renewing(
 
 def test_a_judgement_on_one_generation_does_not_free_the_next(tmp_path: Path) -> None:
     first = acquired(tmp_path)
-    assert try_acquire(tmp_path, KEY, dead=first.generation) is not None
-    assert try_acquire(tmp_path, KEY, dead=first.generation) is None
+    assert try_acquire(Folder(tmp_path), KEY, dead=first.generation) is not None
+    assert try_acquire(Folder(tmp_path), KEY, dead=first.generation) is None
 
 
 def test_a_generation_emptied_by_a_power_cut_is_taken_over_after_the_time_to_live(tmp_path: Path) -> None:
     lease, clock = acquired(tmp_path), Clock()
-    (lease.folder / "000001.json").write_bytes(b"")
-    watcher = LeaseWatcher(tmp_path, KEY, ttl=15, clock=clock)
+    lease.storage.replace("000001.json", b"")
+    watcher = LeaseWatcher(Folder(tmp_path), KEY, ttl=15, clock=clock)
     assert watcher.dead() == 0
     clock.now += 15
     assert watcher.dead() == 1
@@ -159,6 +164,6 @@ def test_the_heartbeat_thread_renews(tmp_path: Path) -> None:
     lease = acquired(tmp_path, ELSEWHERE)
     with Heartbeat(interval=0.001) as heartbeat:
         heartbeat.add(lease)
-        while json.loads((lease.folder / "000001.json").read_bytes())["counter"] < 3:
+        while json.loads(lease.storage.read("000001.json"))["counter"] < 3:
             pass
     assert lease.is_current()

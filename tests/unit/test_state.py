@@ -1,15 +1,18 @@
 """Checkpoints: everything comes back, and a damaged one is never believed."""
 
+import io
 import logging
 import pickle
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from pbkd.engine import CheckpointFolder, LocalSession, OptimizerSettings, State
+from pbkd.engine import Checkpoints, LocalSession, OptimizerSettings, State
 from pbkd.engine.state import apply, capture
+from pbkd.storage import Folder
 
 
 def state(step: int) -> State:
@@ -17,11 +20,21 @@ def state(step: int) -> State:
     return State(step, tensors, {"scaler": {}, "counted": step}, [{"step": step, "train_loss": 0.1 + 0.2}])
 
 
+def steps(folder: Path) -> list[str]:
+    """The checkpoints in a folder, without their digests."""
+    return sorted(path.name.rpartition("-")[0] for path in folder.iterdir())
+
+
+def file_of(folder: Path, step: int) -> Path:
+    (found,) = folder.glob(f"step-{step:09d}-*")
+    return found
+
+
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path / "new" / "folder")
-    assert folder.restore() is None
-    folder.save(state(7))
-    found = folder.restore()
+    checkpoints = Checkpoints(Folder(tmp_path / "new" / "folder"))
+    assert checkpoints.restore() is None
+    checkpoints.save(state(7))
+    found = checkpoints.restore()
     assert found is not None
     assert (found.step, found.numbers, found.history) == (7, state(7).numbers, state(7).history)
     assert torch.equal(found.tensors["module/w"], state(7).tensors["module/w"])
@@ -29,62 +42,79 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path)
-    for step in (1, 2, 9, 10, 10):
-        folder.save(state(step))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000009", "step-000000010"]
+    checkpoints = Checkpoints(Folder(tmp_path))
+    for step in (1, 2, 9, 10):
+        checkpoints.save(state(step))
+    again = state(10)
+    again.numbers["counted"] = 11
+    checkpoints.save(again)
+    assert steps(tmp_path) == ["step-000000009", "step-000000010"]
+    found = checkpoints.restore()
+    assert found is not None and found.numbers["counted"] == 11
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flipped header", "flipped tensor", "empty", "another's"])
 def test_a_damaged_newest_is_passed_over_with_a_warning(
-    tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = CheckpointFolder(tmp_path)
-    folder.save(state(1))
-    folder.save(state(2))
-    file = tmp_path / "step-000000002" / name
+    checkpoints = Checkpoints(Folder(tmp_path))
+    checkpoints.save(state(1))
+    checkpoints.save(state(2))
+    file = file_of(tmp_path, 2)
     content = bytearray(file.read_bytes())
     match damage:
         case "cut":
             file.write_bytes(content[:-3])
-        case "flip":
-            content[len(content) // 2] ^= 1
+        case "flipped header":
+            content[content.index(b"train_loss")] ^= 1
+            file.write_bytes(content)
+        case "flipped tensor":
+            content[-1] ^= 1
             file.write_bytes(content)
         case "empty":
             file.write_bytes(b"")
-        case "gone":
-            file.unlink()
+        case "another's":
+            file.write_bytes(file_of(tmp_path, 1).read_bytes())
     with caplog.at_level(logging.WARNING):
-        found = folder.restore()
+        found = checkpoints.restore()
     assert found is not None
     assert found.step == 1
     (warning,) = (record.getMessage() for record in caplog.records)
     assert "step-000000002 is damaged" in warning and "goes on from step 1" in warning
-    folder.save(state(1))
-    folder.save(state(2))
-    found = folder.restore()
+    checkpoints.save(state(1))
+    checkpoints.save(state(2))
+    found = checkpoints.restore()
     assert found is not None and found.step == 2
 
 
 def test_a_sound_one_is_not_given_up_for_a_later_one_that_is_damaged(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path)
+    checkpoints = Checkpoints(Folder(tmp_path))
     for step in (1, 2, 9):
-        folder.save(state(step))
-    (tmp_path / "step-000000009" / "state.json").write_text("")
-    folder.save(state(3))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002", "step-000000003"]
+        checkpoints.save(state(step))
+    file_of(tmp_path, 9).write_text("")
+    checkpoints.save(state(3))
+    assert steps(tmp_path) == ["step-000000002", "step-000000003"]
+
+
+def test_one_that_cannot_be_reached_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    class Broken(Folder):
+        def read(self, name: str, start: int = 0) -> bytes:
+            raise ConnectionError("the network is down")
+
+    Checkpoints(Folder(tmp_path)).save(state(1))
+    with pytest.raises(ConnectionError):
+        Checkpoints(Broken(tmp_path)).restore()
 
 
 def test_with_all_damaged_it_begins_again_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = CheckpointFolder(tmp_path)
+    checkpoints = Checkpoints(Folder(tmp_path))
     for step in (1, 2):
-        folder.save(state(step))
-        (tmp_path / f"step-00000000{step}" / "state.json").write_text("[]")
+        checkpoints.save(state(step))
+        file_of(tmp_path, step).write_text("[]")
     with caplog.at_level(logging.WARNING):
-        assert folder.restore() is None
+        assert checkpoints.restore() is None
     (warning,) = (record.getMessage() for record in caplog.records)
     assert "step-000000001 is damaged" in warning and "begins again" in warning
 
@@ -99,27 +129,25 @@ class Trap:
         return Path.touch, (self.sprung,)
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
-def test_a_pickle_planted_as_a_checkpoint_is_not_unpickled(tmp_path: Path, name: str) -> None:
-    folder, sprung = CheckpointFolder(tmp_path / "work"), tmp_path / "sprung"
-    folder.save(state(1))
-    folder.save(state(2))
-    (folder.folder / "step-000000002" / name).write_bytes(pickle.dumps(Trap(sprung)))
-    torch.save({"w": Trap(sprung)}, folder.folder / "step-000000001" / name)
-    assert folder.restore() is None
+def test_a_pickle_planted_as_a_checkpoint_is_not_unpickled_though_its_digest_fits(tmp_path: Path) -> None:
+    checkpoints, sprung = Checkpoints(Folder(tmp_path)), tmp_path / "sprung"
+    archive = io.BytesIO()
+    torch.save({"w": Trap(sprung)}, archive)
+    for step, planted in enumerate((pickle.dumps(Trap(sprung)), archive.getvalue())):
+        (tmp_path / f"step-{step:09d}-{sha256(planted).hexdigest()}").write_bytes(planted)
+    assert checkpoints.restore() is None
     assert not sprung.exists()
 
 
 def test_a_crash_while_writing_leaves_the_one_before_and_is_cleaned_up(tmp_path: Path) -> None:
-    folder = CheckpointFolder(tmp_path)
-    folder.save(state(1))
-    (tmp_path / ".partial-1").mkdir()
-    (tmp_path / ".partial-1" / "state.safetensors").write_bytes(b"half")
-    found = folder.restore()
+    checkpoints = Checkpoints(Folder(tmp_path))
+    checkpoints.save(state(1))
+    (tmp_path / ".step-000000002-00.0123").write_bytes(b"half")
+    found = checkpoints.restore()
     assert found is not None
     assert found.step == 1
     LocalSession(tmp_path).restore()
-    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+    assert steps(tmp_path) == ["step-000000001"]
 
 
 def test_what_cannot_be_written_is_raised_at_the_latest_by_commit(tmp_path: Path) -> None:
@@ -132,7 +160,7 @@ def test_what_cannot_be_written_is_raised_at_the_latest_by_commit(tmp_path: Path
     with pytest.raises((FileExistsError, NotADirectoryError)):
         session.commit()
     session.commit()
-    found = CheckpointFolder(tmp_path / "before").restore()
+    found = Checkpoints(Folder(tmp_path / "before")).restore()
     assert found is not None and found.step == 1
 
 

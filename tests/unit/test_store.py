@@ -39,7 +39,7 @@ def add_artifact(store: Store, digest: str = ARTIFACT) -> Path:
 
 
 def lease_of(store: Store, key: str = KEY) -> Lease:
-    lease = try_acquire(store.root, key)
+    lease = try_acquire(store.storage, key)
     assert lease is not None
     return lease
 
@@ -71,7 +71,7 @@ def test_a_second_publication_must_be_of_the_same_artifact(store: Store) -> None
 def test_a_fenced_out_owner_cannot_publish(store: Store) -> None:
     add_artifact(store)
     old = lease_of(store)
-    new = try_acquire(store.root, KEY, dead=old.generation)
+    new = try_acquire(store.storage, KEY, dead=old.generation)
     assert new is not None
     with pytest.raises(Fenced):
         store.publish(manifest_of(), old)
@@ -87,7 +87,7 @@ def test_an_artifact_is_moved_whole_and_kept_if_it_exists(store: Store) -> None:
 
 
 def test_work_is_removed_at_once(store: Store) -> None:
-    (store.work(KEY) / "checkpoint").write_text("x")
+    store.work(KEY).replace("checkpoint", b"x")
     store.remove_work(KEY)
     store.remove_work(KEY)
     assert not list((store.root / "work").iterdir()) and not list((store.root / "scratch").iterdir())
@@ -132,7 +132,7 @@ def test_no_name_escapes_the_store(store: Store, name: str) -> None:
         store.artifact,
         store.work,
         store.remove_work,
-        lambda key: try_acquire(store.root, key),
+        lambda key: try_acquire(store.storage, key),
     ):
         with pytest.raises(UserError):
             use(name)

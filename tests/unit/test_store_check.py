@@ -13,7 +13,6 @@ from pbkd import artifact
 from pbkd.networks import fresh
 from pipelines import store_check
 from pipelines.cli import main
-from pipelines.journal import Journal
 from pipelines.lease import Owner, try_acquire
 from pipelines.store import Input, Store
 from pipelines.store_check import check, remove, unused
@@ -39,11 +38,11 @@ def store(tmp_path: Path) -> Store:
     store = Store(tmp_path / "runs")
     finish(store, OTHER, 1, [])
     finish(store, KEY, 2, [Input(role="from", key=OTHER)])
-    journal = Journal(store.pipeline("aabbcc") / "journal.jsonl")
+    journal = store.journal("aabbcc")
     journal.append({"type": "pipeline", "id": "aabbcc", "name": "small"})
     for key in (OTHER, KEY, UNFINISHED):
         journal.append({"type": "started", "name": key[:2], "key": key})
-    (store.work(UNFINISHED) / "step-000000003").mkdir()
+    store.work(UNFINISHED).replace("step-000000003-00", b"")
     lease_of(store, UNFINISHED).release()
     return store
 
@@ -62,7 +61,7 @@ def artifact_of(store: Store, key: str) -> Path:
 def damage(store: Store, full: bool = False) -> dict[str, str]:
     """What is wrong, by path in the store."""
     return {
-        str(finding.path.relative_to(store.root)): finding.what
+        str(Path(finding.path).relative_to(store.root)): finding.what
         for finding in check(store, full)
         if finding.severity == "damage"
     }
@@ -79,11 +78,11 @@ def test_a_flipped_byte_is_found_by_full_and_the_cure_lets_the_stage_run_again(s
     file.write_bytes(content)
     assert damage(store) == {}
     (finding,) = (found for found in check(store, full=True) if found.severity == "damage")
-    assert finding.path == file.parent and "do not match their digest" in finding.what
-    command, *paths = finding.cure.removesuffix(" (the stage runs again)").removeprefix("rm ").split()
-    assert command == "-r" and set(map(Path, paths)) == {file.parent, store.manifest_path(KEY)}
-    for path in map(Path, paths):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert finding.path == str(file.parent) and "do not match their digest" in finding.what
+    command = finding.cure.removesuffix(" (the stage runs again)")
+    assert command == f"pbkd store drop {KEY} --store {store.root}"
+    assert main(command.split()[1:]) == 0
+    assert not file.exists()
     assert damage(store, full=True) == {}
     assert store.manifest(KEY) is None and store.manifest(OTHER) is not None
 
@@ -100,11 +99,27 @@ def test_every_kind_of_damage_is_named(store: Store) -> None:
     assert "not a pbkd architecture spec" in found[f"artifacts/{artifact_of(store, KEY).name}"]
     assert "not a manifest" in found[f"manifests/{UNKNOWN}.json"]
     assert "1 of 5 lines are torn, the first is line 5" in found["pipelines/aabbcc/journal.jsonl"]
-    store.manifest_path(OTHER).unlink()
+    Path(store.manifest_location(OTHER)).unlink()
     assert "is not in the store" in damage(store)[f"manifests/{KEY}.json"]
 
 
-def litter(store: Store) -> set[Path]:
+def test_a_dropped_stage_leaves_its_artifact_to_others_that_have_it(
+    store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    twin, place = "dd" * 32, artifact_of(store, KEY)
+    manifest = store.manifest(KEY)
+    assert manifest is not None
+    store.publish(manifest.model_copy(update={"key": twin}), lease_of(store, twin))
+    here = ["--store", str(store.root)]
+    assert main(["store", "drop", "ffffff", *here]) == 2 and "no finished stage" in capfd.readouterr().err
+    assert main(["store", "drop", KEY[:8], *here]) == 0
+    assert store.keys() == [OTHER, twin] and place.is_dir()
+    Path(store.manifest_location(OTHER)).write_text("torn")
+    assert main(["store", "drop", twin, OTHER, *here]) == 0
+    assert store.keys() == [] and not place.exists()
+
+
+def litter(store: Store) -> set[str]:
     """What crashes and deleted pipelines leave."""
     orphan = store.root / "artifacts" / UNKNOWN
     shutil.copytree(artifact_of(store, KEY), orphan)
@@ -113,41 +128,43 @@ def litter(store: Store) -> set[Path]:
     temporary.write_text("half")
     for path in (orphan, scratch, temporary):
         age(path)
-    leases = {store.root / "leases" / key for key in (KEY, OTHER)}
-    return {orphan, scratch, temporary, *leases, store.work(UNKNOWN), store.work(KEY)}
+    for key in (UNKNOWN, KEY):
+        store.work(key).replace("progress.jsonl", b"")
+    keys = {f"leases/{KEY}", f"leases/{OTHER}", f"work/{UNKNOWN}", f"work/{KEY}"}
+    return keys | {str(path.relative_to(store.root)) for path in (orphan, scratch, temporary)}
 
 
 def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Store) -> None:
     before = {path for path in store.root.rglob("*") if path.is_file() and "leases" not in path.parts}
     expected = litter(store)
     assert set(unused(store)) == expected
-    for path in unused(store):
-        remove(store, path)
+    for name in unused(store):
+        remove(store, name)
     assert unused(store) == []
-    assert not any(path.exists() for path in expected)
+    assert not any((store.root / name).exists() for name in expected)
     assert {path for path in before if not path.exists()} == set()
     assert damage(store, full=True) == {} and not list((store.root / "scratch").iterdir())
 
 
 def test_nothing_of_a_live_lease_is_touched(store: Store) -> None:
     litter(store)
-    lease = try_acquire(store.root, UNKNOWN)
+    lease = try_acquire(store.storage, UNKNOWN)
     assert lease is not None
-    assert set(unused(store)) == {store.work(KEY), *(store.root / "leases" / key for key in (KEY, OTHER))}
+    assert set(unused(store)) == {f"work/{KEY}", f"leases/{KEY}", f"leases/{OTHER}"}
 
 
 def test_an_owner_on_another_machine_is_watched_before_it_is_thought_dead(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lease = try_acquire(store.root, UNKNOWN, replace(Owner.here(), host="another-node"))
+    lease = try_acquire(store.storage, UNKNOWN, replace(Owner.here(), host="another-node"))
     assert lease is not None
 
     def renew(seconds: float) -> None:
         assert lease.renew()
 
     monkeypatch.setattr(store_check.time, "sleep", renew)
-    store.work(UNKNOWN)
-    assert store.work(UNKNOWN) not in unused(store)
+    store.work(UNKNOWN).replace("progress.jsonl", b"")
+    assert f"work/{UNKNOWN}" not in unused(store)
     assert "leases" not in str(damage(store))
 
 
@@ -155,26 +172,26 @@ def test_what_is_young_or_might_belong_to_an_unreadable_manifest_stays(store: St
     orphan = store.root / "artifacts" / UNKNOWN
     shutil.copytree(artifact_of(store, KEY), orphan)
     os.utime(orphan)
-    assert orphan not in unused(store)
+    assert f"artifacts/{UNKNOWN}" not in unused(store)
     age(orphan)
-    assert orphan in unused(store)
-    store.manifest_path(KEY).write_text("torn")
-    assert orphan not in unused(store) and artifact_of(store, OTHER) not in unused(store)
+    assert f"artifacts/{UNKNOWN}" in unused(store)
+    Path(store.manifest_location(KEY)).write_text("torn")
+    assert not any(name.startswith("artifacts/") for name in unused(store))
 
 
 def test_an_artifact_made_once_more_is_young_again(store: Store, tmp_path: Path) -> None:
     place = artifact_of(store, KEY)
-    store.manifest_path(KEY).unlink()
+    Path(store.manifest_location(KEY)).unlink()
     age(place)
-    assert place in unused(store)
+    assert f"artifacts/{place.name}" in unused(store)
     folder = store.scratch()
     store.add_artifact(folder, place.name)
-    assert place not in unused(store)
+    assert f"artifacts/{place.name}" not in unused(store)
 
 
 def test_a_dead_lease_is_explained(store: Store) -> None:
-    assert try_acquire(store.root, UNKNOWN, replace(Owner.here(), started="1")) is not None
-    (finding,) = (found for found in check(store) if found.path == store.root / "leases" / UNKNOWN)
+    assert try_acquire(store.storage, UNKNOWN, replace(Owner.here(), started="1")) is not None
+    (finding,) = (found for found in check(store) if found.path == str(store.root / "leases" / UNKNOWN))
     assert "died with stage ffff" in finding.what and "the next run takes it over" in finding.cure
 
 
@@ -184,7 +201,8 @@ def test_the_commands(store: Store, capfd: pytest.CaptureFixture[str]) -> None:
         return capfd.readouterr().out
 
     assert "2 finished stages (weights too): 0 damaged" in said("check", "--full")
-    work = store.work(UNKNOWN)
+    store.work(UNKNOWN).replace("progress.jsonl", b"")
+    work = store.root / "work" / UNKNOWN
     assert str(work) in said("gc") and work.exists()
     report = json.loads(said("gc", "--apply", "--json"))
     assert report["applied"] and str(work) in [row["path"] for row in report["unused"]] and not work.exists()
