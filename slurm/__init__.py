@@ -1,1 +1,1 @@
-"""Launching on Slurm through submitit. Nothing is here yet: clusters come after the main job."""
+"""Launching on Slurm, through submitit: a Ray cluster over an allocation, with a `pbkd` command in it."""
