@@ -99,7 +99,13 @@ class _Run:
         hosts = list(self._task.hostnames)
         note(self.place, "begun", restart=self._restart, nodes=hosts)
         code, reason = 1, None
-        for _ in range(RESTARTS + 1 if self._is_same_environment() else 0):
+        differences = self._job.environment.differences(Fingerprint.here())
+        if differences and self._restart:  # somebody works on the code while a job runs
+            log.warning("since the job was submitted, this has changed: %s", ", ".join(differences))
+        for _ in range(RESTARTS + 1):
+            if differences and not self._restart:
+                self._refuse(differences, "the machine where it was submitted")
+                break
             try:
                 code = self._once(hosts)
                 break
@@ -110,7 +116,7 @@ class _Run:
             except _Over:
                 break
             finally:
-                self.close()
+                self._end_processes()
         if code not in FINAL and not (self.place / CANCEL).exists() and scheduler.is_preempted():
             note(self.place, "requeued", restart=self._restart, why="preempted")
             scheduler.requeue()
@@ -124,11 +130,13 @@ class _Run:
 
     def follow(self) -> int:
         """Another task: a node of the cluster, started again if it dies, until the head says it is over."""
-        if not self._is_same_environment():
-            return 2
+        here = Fingerprint.here()
         joined: Meeting | None = None
         while True:
             meeting = Meeting.read(self._meeting)
+            if meeting is not None and (differences := meeting.environment.differences(here)):
+                self._refuse(differences, "the first node")
+                return 2
             if meeting is not None and meeting.address is None:
                 end = read_end(self.place)
                 return end.code if end is not None else 0
@@ -138,7 +146,7 @@ class _Run:
                     log.warning(
                         "Ray died on this node and is started again:\n%s", self._node and self._node.log()
                     )
-                self.close_node()
+                self._end_processes()
                 self._node = self._new_node(meeting.token, meeting.address.rpartition(":")[0])
                 self._node.start(head=meeting.address)
                 joined = meeting
@@ -163,17 +171,16 @@ class _Run:
         note(self.place, "requeued", restart=self._restart, why="signal")
 
     def close(self) -> None:
-        """End what this task has started, and tell the others that it is over."""
+        """End what this task has started; the first one tells the others that it is over."""
+        self._end_processes()
+        if self._task.global_rank == 0 and (meeting := Meeting.read(self._meeting)) is not None:
+            replace(meeting, address=None).publish(self._meeting)
+
+    def _end_processes(self) -> None:
         if self._driver is not None:
             self._driver.kill()
             self._driver.wait()
             self._driver = None
-        if self._task.global_rank == 0 and (meeting := Meeting.read(self._meeting)) is not None:
-            Meeting(None, meeting.token).publish(self._meeting)
-        self.close_node()
-
-    def close_node(self) -> None:
-        """End Ray's daemons here."""
         if self._node is not None:
             self._node.stop()
             self._node = None
@@ -183,7 +190,7 @@ class _Run:
         began = time.monotonic()
         self._node = node = self._new_node(new_token(), hosts[1] if len(hosts) > 1 else None)
         node.start()
-        Meeting(node.address, node.token).publish(self._meeting)
+        Meeting(node.address, node.token, Fingerprint.here()).publish(self._meeting)
         wait_for_nodes(node, len(hosts), self._look)
         seconds = time.monotonic() - began
         log.info("Ray is up on %d nodes after %.1f s at %s", len(hosts), seconds, node.address)
@@ -214,14 +221,11 @@ class _Run:
         if read_end(self.place) is not None:
             raise _Over
 
-    def _is_same_environment(self) -> bool:
-        """Whether this node computes as the one where the job was submitted; if not, the job is over."""
-        differences = self._job.environment.differences(Fingerprint.here())
-        if differences:
-            reason = f"node {socket.gethostname()} has {', '.join(differences)} (where it was submitted)"
-            write_end(self.place, End(2, f"{reason}; use one Python environment on a shared folder"))
-            log.error("refused: %s", reason)
-        return not differences
+    def _refuse(self, differences: list[str], where: str) -> None:
+        """Declare the end: this node would not compute the same as others."""
+        reason = f"node {socket.gethostname()} has {', '.join(differences)} ({where})"
+        write_end(self.place, End(2, f"{reason}; use one Python environment on a shared folder"))
+        log.error("refused: %s", reason)
 
     def _new_node(self, token: str, towards: str | None) -> RayNode:
         job = self._job

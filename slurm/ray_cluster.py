@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from slurm.fingerprint import Fingerprint
+
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 200 * 2**20  # jobs exchange nothing through it
 START_SECONDS = 120.0
@@ -42,10 +44,12 @@ class Meeting:
     Attributes:
         address: of the cluster; None once it is over.
         token: whoever has it may use the cluster; a new one for every cluster.
+        environment: of the head; nodes with another one are refused.
     """
 
     address: str | None
     token: str
+    environment: Fingerprint
 
     def publish(self, path: Path) -> None:
         """Write it, whole and readable for its owner alone."""
@@ -58,9 +62,10 @@ class Meeting:
     def read(cls, path: Path) -> Meeting | None:
         """What was published last; None if nothing was yet."""
         try:
-            return cls(**json.loads(path.read_bytes()))
+            content = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
+        return cls(content["address"], content["token"], Fingerprint(**content["environment"]))
 
 
 class RayNode:
@@ -133,10 +138,17 @@ class RayNode:
 
     def environment(self) -> dict[str, str]:
         """What a process needs to use the cluster, and what is the same for every node of it."""
-        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
+        own = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray gives way to all others (nice 15): on nodes that are ours, and starves where they are shared.
+            "RAY_worker_niceness": "0",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
         if self.ip == LOOPBACK:  # elsewhere Ray takes it for the machine's outer address
             own["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        return own | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_WAIT_POLICY": "PASSIVE"}
+        return own
 
     def is_alive(self) -> bool:
         """Whether the daemons run: when one of them dies, `ray start` ends with all."""
