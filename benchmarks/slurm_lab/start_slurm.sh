@@ -24,7 +24,7 @@ if [ "$(command -v "${bins[@]}" | wc -l)" != "${#bins[@]}" ]; then
     [ $made = 0 ] || rm -f /usr/sbin/policy-rc.d
 fi
 getent passwd munge >/dev/null || useradd -r -s /usr/sbin/nologin munge
-rm -rf "$LAB"; mkdir -p "$LAB"/{state,log,run,nodes,login-only}; chmod 755 "$LAB"
+mkdir -p "$LAB"/{state,log,run,nodes,login-only}; chmod 755 "$LAB"
 
 # --- a number that is free: the bridge is made with it, which one process alone can do ---
 for ID in $(seq 10 99); do ip link add "pbkd$ID" type bridge 2>/dev/null && break; done
