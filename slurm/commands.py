@@ -143,7 +143,7 @@ def status(
     """Show the jobs of a store and how they are, or one of them with all that happened to it."""
     from slurm.views import job_rows, text_of
 
-    rows = job_rows(store.absolute(), job)
+    rows = job_rows(store, job)
     typer.echo(json.dumps({"jobs": rows}) if json_ else text_of(rows, detailed=job is not None))
 
 
@@ -158,8 +158,8 @@ def logs(
     from slurm.views import follow_log, log_of
 
     if not follow:
-        typer.echo(log_of(store.absolute(), job, node), nl=False)
-    elif code := follow_log(store.absolute(), job, node):
+        typer.echo(log_of(store, job, node), nl=False)
+    elif code := follow_log(store, job, node):
         raise typer.Exit(code)
 
 
@@ -168,7 +168,7 @@ def cancel(jobs: Jobs, store: StoreOption = DEFAULT_STORE, json_: Machine = Fals
     """End jobs with the state of their trainings kept; they are not requeued."""
     from slurm.views import cancel as end
 
-    states = {job: end(store.absolute(), job) for job in jobs}
+    states = {job: end(store, job) for job in jobs}
     for job, state in states.items() if not json_ else ():
         typer.echo(f"{job}: {state}")
     if json_:
@@ -205,7 +205,7 @@ def _launch(
     commands: list[list[str]],
     name: str,
     paths: list[Path],
-    store: Path,
+    store: str,
     allocation: Any,
     executor: ExecutorName,
     dry_run: bool,
@@ -213,13 +213,16 @@ def _launch(
     json_: bool,
 ) -> None:
     """Submit, and say what was submitted and what to type next."""
+    from pipelines.store import open_storage
     from slurm.launcher import Submission
+    from slurm.records import folder_of_jobs
     from slurm.views import follow_log
 
-    place = store.expanduser().absolute()
+    place = open_storage(store).location()
     submission = Submission(
-        commands=tuple((*command, "--store", str(place)) for command in commands),
+        commands=tuple((*command, "--store", place) for command in commands),
         store=place,
+        jobs=folder_of_jobs(place),
         paths=(Path.cwd(), *paths),
         name=f"pbkd-{name}",
         allocation=allocation,
@@ -232,7 +235,7 @@ def _launch(
         typer.echo(f"note: {doubt}", err=True)
     records = submission.submit()
     if json_:
-        typer.echo(json.dumps({"jobs": [record.id for record in records], "store": str(place)}))
+        typer.echo(json.dumps({"jobs": [record.id for record in records], "store": place}))
     else:
         where = "" if "PBKD_STORE" in os.environ or store == DEFAULT_STORE else f" --store {store}"
         for record in records:

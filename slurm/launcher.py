@@ -23,7 +23,7 @@ from slurm.allocation import Allocation
 from slurm.cluster_job import ClusterJob
 from slurm.fingerprint import Fingerprint
 from slurm.probe import probe
-from slurm.records import ExecutorName, JobRecord, folder_of_jobs, write_job
+from slurm.records import ExecutorName, JobRecord, write_job
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
@@ -34,13 +34,15 @@ class Submission:
 
     Attributes:
         commands: what is typed after `pbkd`, `--store` included.
-        store: whose folder `slurm` holds what is known of the jobs.
+        store: where finished work is; made by `check`.
+        jobs: the folder of what is known of jobs.
         paths: what all nodes have to see besides.
         name: of the job.
     """
 
     commands: tuple[tuple[str, ...], ...]
-    store: Path
+    store: str
+    jobs: Path
     paths: tuple[Path, ...]
     name: str
     allocation: Allocation
@@ -72,20 +74,20 @@ class Submission:
                 )
             return []
         _check_partition(allocation)
-        kind = _file_system(self.store)
+        kind = _file_system(self.jobs)
         if kind in MEMORY_FILE_SYSTEMS:
             raise UserError(
-                f"store {self.store}: lies in memory ({kind}), where no other machine sees it\n"
+                f"store {self.jobs.parent}: lies in memory ({kind}), where no other machine sees it\n"
                 "choose a folder on the shared file system: --store DIR or PBKD_STORE"
             )
-        Store(self.store)  # made, or found to be unusable, here
-        return probe(allocation, [self.store, *self.paths]) if allocation.probe else []
+        Store(self.store)  # tells what is wrong with it
+        self.jobs.mkdir(parents=True, exist_ok=True)
+        return probe(allocation, [self.jobs, *self.paths]) if allocation.probe else []
 
     def submit(self) -> list[JobRecord]:
         """Submit, and remember it; with `debug`, run it here and now. Raises UserError if Slurm refuses."""
         executor = self._executor()
-        jobs = folder_of_jobs(self.store)
-        jobs.mkdir(parents=True, exist_ok=True)
+        self.jobs.mkdir(parents=True, exist_ok=True)
         try:
             with _quiet(self.executor == "local"):
                 submitted = self._hand_over(executor)
@@ -95,7 +97,7 @@ class Submission:
         for job, command in zip(submitted, self.commands, strict=True):
             allocation = self.allocation
             record = JobRecord(job.job_id, self.executor, command, allocation.nodes, allocation.restarts)
-            write_job(jobs, record)
+            write_job(self.jobs, record)
             records.append(record)
         if self.executor == "debug":
             for job in submitted:
@@ -104,7 +106,7 @@ class Submission:
 
     @property
     def _folder(self) -> Path:
-        return folder_of_jobs(self.store) / "%j"
+        return self.jobs / "%j"
 
     def _hand_over(self, executor: Any) -> list[submitit.Job[int]]:
         tasks = [self._task(command) for command in self.commands]
@@ -166,7 +168,7 @@ class Submission:
             "setup": list(allocation.setup) or None,
             # A task that dies takes the others with it; `after_step` then begins the job again.
             "srun_args": ["--kill-on-bad-exit=1", *self._step_options()],
-            "teardown": [f"{python} -m slurm.after_step $? {shlex.quote(str(folder_of_jobs(self.store)))}"],
+            "teardown": [f"{python} -m slurm.after_step $? {shlex.quote(str(self.jobs))}"],
             "additional_parameters": {"requeue": True, **allocation.sbatch},
         }
         return {name: value for name, value in asked.items() if value is not None} | {"wckey": None}

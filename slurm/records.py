@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pbkd.errors import UserError
-from pipelines.durable import create
+from pbkd.storage import Folder
 from pipelines.journal import Journal
 
 CANCEL = "cancel"
 ENDED = "ended.json"
+EVENTS = "events.jsonl"
 ExecutorName = Literal["slurm", "local", "debug"]
 
 
@@ -47,14 +48,14 @@ class End:
     reason: str | None = None
 
 
-def folder_of_jobs(store: Path) -> Path:
-    """Where the folders of the jobs of a store are."""
-    return store / "slurm"
+def folder_of_jobs(store: str) -> Path:
+    """Where the folders of the jobs of a store are: in it, or, if it is a bucket, in `runs` here."""
+    return Path("runs" if "://" in store else store).expanduser().absolute() / "slurm"
 
 
 def write_job(jobs: Path, record: JobRecord) -> None:
     """Remember what was submitted."""
-    create(jobs / record.id / "job.json", json.dumps(asdict(record), indent=1).encode())
+    Folder(jobs / record.id).create("job.json", json.dumps(asdict(record), indent=1).encode())
 
 
 def read_job(jobs: Path, id_: str) -> JobRecord:
@@ -64,8 +65,7 @@ def read_job(jobs: Path, id_: str) -> JobRecord:
     except OSError as error:
         known = ", ".join(all_jobs(jobs)[-5:]) or "none"
         raise UserError(
-            f"job {id_!r}: not one of the store {jobs.parent}; the latest: {known}\n"
-            "name another store by --store DIR"
+            f"job {id_!r}: not one of {jobs}; the latest: {known}\nname another store by --store DIR"
         ) from error
     return JobRecord(**content | {"command": tuple(content["command"])})
 
@@ -78,17 +78,17 @@ def all_jobs(jobs: Path) -> list[str]:
 
 def note(folder: Path, type_: str, **content: Any) -> None:
     """Write down that something happened to the job."""
-    Journal(folder / "events.jsonl").append({"type": type_, **content})
+    Journal(Folder(folder), EVENTS).append({"type": type_, **content})
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
     """All that happened to the job, in order."""
-    return Journal(folder / "events.jsonl").read()[0]
+    return Journal(Folder(folder), EVENTS).read()[0]
 
 
 def write_end(folder: Path, end: End) -> None:
     """Declare the job ended; of several who do, the first one is believed."""
-    create(folder / ENDED, json.dumps(asdict(end)).encode())
+    Folder(folder).create(ENDED, json.dumps(asdict(end)).encode())
 
 
 def read_end(folder: Path) -> End | None:

@@ -28,7 +28,7 @@ CANCEL_SECONDS = 120.0
 ON_ITS_WAY = ("pending", "running", "completing", "configuring", "requeued", "suspended", "stopped")
 
 
-def job_rows(store: Path, job: str | None) -> list[dict[str, Any]]:
+def job_rows(store: str, job: str | None) -> list[dict[str, Any]]:
     """What there is to know of all jobs of a store, or of one."""
     jobs = folder_of_jobs(store)
     rows = []
@@ -67,7 +67,7 @@ def text_of(rows: list[dict[str, Any]], detailed: bool) -> str:
     return "\n".join(lines)
 
 
-def log_of(store: Path, job: str, node: int) -> str:
+def log_of(store: str, job: str, node: int) -> str:
     """All that a node's task of the job has printed so far."""
     jobs = folder_of_jobs(store)
     record = read_job(jobs, job)
@@ -77,7 +77,7 @@ def log_of(store: Path, job: str, node: int) -> str:
     return path.read_text(errors="replace")
 
 
-def follow_log(store: Path, job: str, node: int) -> int:
+def follow_log(store: str, job: str, node: int) -> int:
     """Print the log as it grows until the job has ended; returns the code it ended with."""
     jobs = folder_of_jobs(store)
     record = read_job(jobs, job)
@@ -108,7 +108,7 @@ def follow_log(store: Path, job: str, node: int) -> int:
         time.sleep(POLL_SECONDS)
 
 
-def cancel(store: Path, job: str) -> str:
+def cancel(store: str, job: str) -> str:
     """End a job with the state of its trainings kept; returns how it is then."""
     jobs = folder_of_jobs(store)
     record = read_job(jobs, job)
