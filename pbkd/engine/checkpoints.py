@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from pbkd.storage import Storage
 log = logging.getLogger(__name__)
 
 KEPT = 2
+NAME = re.compile(r"step-\d{9}-[0-9a-f]{64}")
 HEADER_LENGTH = 8  # bytes that a safetensors file begins with: the length of its JSON header
 
 
@@ -73,7 +75,7 @@ class Checkpoints:
         return found
 
     def _names(self) -> list[str]:
-        return [name for name in self._storage.names() if name.startswith("step-")]
+        return [name for name in self._storage.names() if NAME.fullmatch(name)]
 
 
 class CheckpointWriter:

@@ -30,7 +30,7 @@ def client(url: str) -> Any:
     """A client of the server at `url` that is not the one pbkd uses."""
     import boto3
 
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test-secret"}
     return boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
 
 
@@ -63,7 +63,7 @@ def s3_server(cache: Path) -> Iterator[dict[str, str]]:
         yield {
             "AWS_ENDPOINT_URL": process.stdout.readline().strip(),
             "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_SECRET_ACCESS_KEY": "test-secret",
             "AWS_REGION": "us-east-1",
             "XDG_CACHE_HOME": str(cache),
         }

@@ -145,6 +145,8 @@ def test_leases_and_fencing_hold_on_a_bucket(s3: str) -> None:
     new.release()
     assert store.manifest(KEY) == manifest_of() and store.keys() == [KEY]
     assert store.find(store.artifact_location(ARTIFACT)).key == KEY
+    store.drop([KEY])
+    assert store.keys() == [] and not store.artifact(ARTIFACT).exists()
 
 
 MISTAKES = {

@@ -1,0 +1,134 @@
+"""Pipelines whose store is a bucket of a real S3 server: shared, killed, gone on with on another machine."""
+
+import json
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.cli import main
+from pipelines.store import Store
+from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until
+from tests.integration.recorded_pipeline import empty_database
+from tests.integration.s3_server import BUCKET, s3_server
+
+STORE = f"s3://{BUCKET}/runs"
+SETTINGS = ["compute.executor=local", "compute.checkpoint_steps=5", "stages.teacher.steps=40"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with s3_server(tmp_path_factory.mktemp("cache")) as environment:
+        yield environment
+
+
+class Machine:
+    """A machine of its own, as far as a store can tell: nothing that it keeps is another's."""
+
+    def __init__(self, server: dict[str, str], home: Path) -> None:
+        self.environment = server | {"XDG_CACHE_HOME": str(home), "HOME": str(home)}
+
+    def open(self, url: str, monkeypatch: pytest.MonkeyPatch) -> Store:
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
+        store = Store(url)
+        empty_database(store.root / "mlflow" / "mlflow.db")  # MLflow would take seconds to make it
+        return store
+
+
+@pytest.fixture(scope="module")
+def one(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(server, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def other(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    return Machine(server, tmp_path_factory.mktemp("other"))
+
+
+@pytest.fixture(scope="module")
+def reports(one: Machine, other: Machine) -> list[dict[str, Any]]:
+    """What two runs said that were begun at once on two machines, of pipelines that share their stages."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        one.open(STORE, monkeypatch)
+        other.open(STORE, monkeypatch)
+    arguments = ["run", SMALL, *SETTINGS, "--store", STORE, "--json"]
+    with (
+        pbkd(*arguments, **one.environment) as first,
+        pbkd(*arguments, "name=other", "baselines=[]", **other.environment) as second,
+    ):
+        return [first.succeed(), second.succeed()]
+
+
+def test_two_runs_at_once_on_two_machines_run_each_stage_once(reports: list[dict[str, Any]]) -> None:
+    assert digests(reports[0]) == digests(reports[1])
+    ran = Counter(name for report in reports for name, state in states(report).items() if state == "ran")
+    assert ran == Counter(digests(reports[0]).keys())
+
+
+def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_weights(
+    reports: list[dict[str, Any]], one: Machine, other: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{BUCKET}/killed"
+    arguments = [SMALL, *SETTINGS, "--until", "teacher", "--store", url]
+    other.open(url, monkeypatch)
+    store = one.open(url, monkeypatch)
+    with pbkd("run", *arguments, **one.environment) as command:
+        until(lambda: any(store.work(key).names() for key in store.storage.names("work")), "a checkpoint")
+        command.signal(signal.SIGKILL)
+        until(lambda: not command.processes("spawn_main"), "the end of the worker")
+    (key,) = store.storage.names("work")
+    assert any(name.startswith("step-") for name in store.work(key).names()) and store.keys() == []
+    again = run(*arguments, **other.environment)
+    assert digests(again)["teacher"] == digests(reports[0])["teacher"]
+    assert store.keys() == [key] and store.storage.names("work") == []
+    (record,) = (row for row in store.manifests())
+    steps = [row["step"] for row in record.history]
+    assert steps == sorted(set(steps))
+
+
+def test_every_command_takes_the_address(
+    reports: list[dict[str, Any]],
+    server: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """On a machine that never ran anything: all it knows is in the bucket."""
+    Machine(server, tmp_path).open(STORE, monkeypatch)
+    monkeypatch.setenv("PBKD_STORE", STORE)
+
+    def said(*arguments: object) -> Any:
+        assert main([*map(str, arguments), "--json"]) == 0
+        return json.loads(capfd.readouterr().out)
+
+    assert {row["state"] for row in said("plan", SMALL, *SETTINGS)["stages"]} == {"done"}
+    assert len(said("store", "replay")["pipelines"]) == 2
+    artifact = reports[0]["stages"][-1]["artifact"]
+    assert artifact.startswith(f"{STORE}/artifacts/")
+    chain = said("lineage", artifact)["chain"]
+    assert chain[-1]["stage"] == "teacher" and all(row["run_id"] for row in chain)
+    page = Path(said("report")["path"])
+    assert page.is_relative_to(tmp_path) and STORE in page.read_text("utf-8")
+    assert said("store", "check", "--full")["damaged"] == 0
+    keys = {stage["key"] for stage in reports[0]["stages"]}
+    assert {row["path"] for row in said("store", "gc")["unused"]} == {f"{STORE}/leases/{key}" for key in keys}
+    assert said("store", "gc", "--apply")["applied"] and said("store", "gc")["unused"] == []
+
+
+def test_no_key_of_the_bucket_is_written_anywhere(
+    reports: list[dict[str, Any]], one: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "test-secret"
+    assert one.environment["AWS_SECRET_ACCESS_KEY"] == secret
+    assert secret not in json.dumps(reports)
+    store = one.open(STORE, monkeypatch)
+    for pipeline_id in store.pipelines():
+        records = store.records(pipeline_id)
+        assert all(secret.encode() not in records.read(name) for name in records.names())
+    assert all(secret not in manifest.model_dump_json() for manifest in store.manifests())
+    files = [path for path in store.root.rglob("*") if path.is_file()]
+    assert files and all(secret.encode() not in path.read_bytes() for path in files)
