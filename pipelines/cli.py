@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.data_commands import app as data_app
+from pipelines.export_command import export
 from pipelines.inspect_command import AllowImport, inspect
 from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption
 from pipelines.store_commands import app as store_app
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command(epilog="Example: pbkd inspect torchvision/resnet50 --width 0.5 --width 0.25")(inspect)
+app.command(epilog="Example: pbkd export runs/artifacts/0123abcd... --dynamic-batch")(export)
 app.add_typer(store_app, name="store")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]

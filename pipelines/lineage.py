@@ -36,6 +36,15 @@ def chain(store: Store, reference: str, tracking: str | None = None) -> list[dic
     return rows
 
 
+def pipeline_of(store: Store, key: str) -> str | None:
+    """Return the id of the latest pipeline that stage `key` is in, if the store has a journal of one."""
+    for pipeline_id in store.pipelines():
+        records, _ = Journal(store.pipeline(pipeline_id) / "journal.jsonl").read()
+        if any(record.get("key") == key for record in records):
+            return pipeline_id
+    return None
+
+
 def _recorded(store: Store) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Return what the pipelines recorded of each key, its name and its ids; the latest has the last word."""
     names: dict[str, str] = {}

@@ -1,0 +1,210 @@
+"""An export, from a reference to a folder: the file, how it compares with the network, the model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pbkd import artifact
+from pbkd.data import DataSettings, data_digest, open_data
+from pbkd.data.folder import list_classes
+from pbkd.errors import UserError
+from pbkd.export import INPUT, OPSET, Format, compare, export, images_to_compare, open_exported
+from pbkd.measure import measure_latency
+from pbkd.networks import BlockNetwork
+from pipelines.lineage import chain, pipeline_of
+from pipelines.mlflow_model import make_servable, serve_command
+from pipelines.model_card import model_card
+from pipelines.recipe import load_recipe
+from pipelines.store import Manifest, Store
+from pipelines.tracking import default_uri
+
+RECORD, CARD = "export.json", "README.md"
+BATCH = 100
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for; see `pbkd export --help`."""
+
+    form: Format
+    dynamic_batch: bool = False
+    fp16: bool = False
+    without_data: bool = False
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a network comes from.
+
+    Attributes:
+        manifest: of the stage that made it.
+        teacher: of the stage that it is compared with; None: it is the teacher.
+        rows: its lineage, as `pbkd lineage --json` has it.
+        recipe: the name of the latest recipe with this stage; None: the store has no record of one.
+        data: what that recipe says of the data.
+    """
+
+    manifest: Manifest
+    teacher: Manifest | None
+    rows: list[dict[str, Any]]
+    recipe: str | None
+    data: DataSettings | None
+
+
+def export_artifact(
+    store: Store, reference: str, overrides: Sequence[str], wishes: Wishes, out: Path | None
+) -> dict[str, Any]:
+    """Export what `reference` names to the folder `out`, in which there may be an earlier export.
+
+    Returns the facts that `export.json` holds.
+
+    Raises:
+        UserError: nothing fits `reference`, the data are not at hand, the folder is not an export's, or the
+            network cannot be written in that format.
+        StageError: the file does not compute what the network does.
+    """
+    origin = _provenance(store, reference, overrides)
+    folder = (out or Path("exports") / _name(origin, wishes)).absolute()
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise UserError(f"{folder}: is there, and no export of pbkd's; choose another folder with --out")
+    network = artifact.load(store.artifact(origin.manifest.artifact))
+    images = _noise(network) if wishes.without_data else _test_images(store, origin)
+    scratch = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+    try:
+        scratch.mkdir(parents=True)
+        facts = _write(network, images, origin, wishes, scratch)
+        facts = {"path": str(folder / facts["file"]), "card": str(folder / CARD)} | facts
+        facts["serve"] = serve_command(folder) if wishes.form == "onnx" else None
+        (scratch / RECORD).write_text(json.dumps(facts, indent=1) + "\n")
+        (scratch / CARD).write_text(model_card(facts, origin.manifest, origin.teacher, origin.rows))
+        if folder.exists():
+            folder.rename(scratch / "before")
+        scratch.rename(folder)
+        shutil.rmtree(folder / "before", ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return facts
+
+
+def _provenance(store: Store, reference: str, overrides: Sequence[str]) -> Provenance:
+    for override in overrides:
+        if not override.startswith("data."):
+            raise UserError(f"override '{override}': only the data can be elsewhere now: data.root=DIR")
+    rows = chain(store, reference, default_uri(store))
+    manifest = store.manifest(rows[0]["key"])
+    assert manifest is not None, "its row was made from it"
+    key = next((given.key for given in manifest.inputs if given.role == "teacher"), None)
+    pipeline_id = pipeline_of(store, manifest.key)
+    if pipeline_id is None:
+        return Provenance(manifest, store.manifest(key) if key else None, rows, None, None)
+    recipe = load_recipe(store.pipeline(pipeline_id) / "recipe.yaml", overrides)
+    return Provenance(manifest, store.manifest(key) if key else None, rows, recipe.name, recipe.data)
+
+
+def _name(origin: Provenance, wishes: Wishes) -> str:
+    parts = [origin.recipe or "network", origin.rows[0]["stage"], origin.manifest.artifact[:8], wishes.form]
+    return "-".join([*parts, "fp16"] if wishes.fp16 else parts)
+
+
+def _write(
+    network: BlockNetwork, images: Tensor, origin: Provenance, wishes: Wishes, folder: Path
+) -> dict[str, Any]:
+    """Write the file, and what MLflow needs beside it; compare and time what was written."""
+    form, manifest = wishes.form, origin.manifest
+    file = folder / f"model.{form}"
+    interface = _interface(network, origin.data)
+    about = {"pbkd.artifact": manifest.artifact, "pbkd.interface": json.dumps(interface)}
+    export(network, file, form, dynamic_batch=wishes.dynamic_batch, fp16=wishes.fp16, metadata=about)
+    if form == "onnx":
+        make_servable(file, images[:1], network.spec.num_classes, wishes.dynamic_batch)
+    threads = int(manifest.compute.get("threads") or torch.get_num_threads())
+    exported = open_exported(file, form, threads)
+    takes_one = not wishes.dynamic_batch and form != "safetensors"
+    parity = compare(network, exported, images.split(BATCH), one_by_one=takes_one, fp16=wishes.fp16)
+    return {
+        "file": file.name,
+        "format": form,
+        "bytes": file.stat().st_size,
+        **asdict(parity),
+        "compared_on": "images of noise" if wishes.without_data else "test images",
+        "latency_ms": None if form == "safetensors" else _latencies(network, exported, threads),
+        "threads": threads,
+        "opset": OPSET if form == "onnx" else None,
+        "fp16": wishes.fp16,
+        "dynamic_batch": wishes.dynamic_batch,
+        **interface,
+        "arch": network.spec.arch,
+        "recipe": origin.recipe,
+        "stage": origin.rows[0]["stage"],
+        "stage_key": manifest.key,
+        "artifact": manifest.artifact,
+        "test_accuracy": manifest.metrics.get("test_accuracy"),
+        "data": None if origin.data is None else origin.data.name,
+        "data_licence": wishes.licence,
+    }
+
+
+def _interface(network: BlockNetwork, data: DataSettings | None) -> dict[str, Any]:
+    """What somebody who has but the file must know to use it."""
+    found: dict[str, Any] = {"input": INPUT, "input_shape": list(network.spec.input_shape)}
+    if data is None:
+        return found | {"mean": None, "std": None, "classes": None}
+    info = data.describe()
+    classes = list_classes(data.data_root() / "train") if data.name == "folder" and _is_here(data) else None
+    return found | {"mean": list(info.mean), "std": list(info.std), "classes": classes}
+
+
+def _is_here(data: DataSettings) -> bool:
+    return (data.data_root() / "train").is_dir()
+
+
+def _test_images(store: Store, origin: Provenance) -> Tensor:
+    """So many test images that comparing takes seconds, of the very data that the stage was trained on."""
+    manifest, cure = (
+        origin.manifest,
+        "name their folder by data.root=DIR, or compare on noise: --without-data",
+    )
+    if origin.data is None:
+        raise UserError(
+            f"stage {manifest.key[:12]}: no pipeline in {store.root} says which data it is of\n"
+            "use the store it was run in (--store DIR), or compare on noise: --without-data"
+        )
+    try:
+        digest = data_digest(origin.data, store.root / "cache")
+    except UserError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the test images to compare on are not at hand: {reason}\n{cure}") from error
+    if manifest.data_digest not in (None, digest):
+        raise UserError(
+            f"data.root={origin.data.root}: these are other data ({digest[:12]}) than the network's "
+            f"({manifest.data_digest[:12] if manifest.data_digest else None})\n{cure}"
+        )
+    count = images_to_compare(int(manifest.metrics.get("macs") or 0))
+    settings = origin.data.model_copy(update={"limit": min(count, origin.data.limit or count)})
+    data = open_data(settings, digest, store.root / "cache")
+    reader = data.reader("test", BATCH, seed=0)
+    try:
+        return torch.cat([images for images, _ in reader])
+    finally:
+        reader.close()
+
+
+def _noise(network: BlockNetwork) -> Tensor:
+    return torch.randn(BATCH, *network.spec.input_shape, generator=torch.Generator().manual_seed(0))
+
+
+def _latencies(network: BlockNetwork, exported: nn.Module, threads: int) -> dict[str, float]:
+    """Medians of one image at a time."""
+    shape = network.spec.input_shape
+    timed = {"file": exported, "pytorch": network}
+    return {by: measure_latency(module, shape, threads=threads).median_ms for by, module in timed.items()}

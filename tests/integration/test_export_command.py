@@ -1,0 +1,198 @@
+"""`pbkd export` as a user types it: a pruned student leaves the store, and MLflow answers with it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from safetensors.torch import load_file
+
+from pbkd.data import DataSettings, open_data
+from pipelines.cli import main
+from tests.integration.pbkd_process import SMALL
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the networks of a recipe that ends in a pruned student."""
+    folder = tmp_path_factory.mktemp("store")
+    local = ("compute.executor=local", "compute.concurrency=1", "stages.blocks.blocks=[1]")
+    command = [sys.executable, "-m", "pipelines.cli", "run", str(SMALL), *local, "--store", str(folder)]
+    subprocess.run([*command, "--until", "recovered"], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def stages(store: Path) -> dict[str, dict[str, Any]]:
+    """What the journal says of the finished stages, by name."""
+    (journal,) = store.glob("pipelines/*/journal.jsonl")
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    return {record["name"]: record for record in records if record["type"] == "finished"}
+
+
+def pbkd(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_student_leaves_with_its_parity_and_its_card(
+    store: Path, stages: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, out = stages["recovered"]["key"], tmp_path / "out"
+    code, printed, _ = pbkd(capsys, "export", key[:12], "--store", store, "--out", out, "--json")
+    facts = json.loads(printed)
+    assert code == 0 and facts == json.loads((out / "export.json").read_text())
+    assert facts["path"] == str(out / "model.onnx") and facts["bytes"] == (out / "model.onnx").stat().st_size
+    assert facts["compared_on"] == "test images" and facts["images"] == 200
+    assert facts["max_abs_diff"] <= 1e-4 and facts["agreement"] == 100
+    assert facts["latency_ms"].keys() == {"file", "pytorch"}
+
+    # With nothing but what the file and export.json say, the accuracy is that of the manifest.
+    manifest = json.loads((store / "manifests" / f"{key}.json").read_text())
+    data = open_data(DataSettings(name="digits", limit=200))
+    split = data.reader("test", 200, seed=0)
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    interface = json.loads(session.get_modelmeta().custom_metadata_map["pbkd.interface"])
+    assert interface["mean"] == list(data.info.mean) and interface["input_shape"] == [1, 8, 8]
+    images, labels = (tensor.numpy() for tensor in next(iter(split)))
+    logits = np.concatenate([session.run(None, {interface["input"]: image[None]})[0] for image in images])
+    assert 100 * np.mean(logits.argmax(1) == labels) == pytest.approx(manifest["metrics"]["test_accuracy"])
+
+    card = (out / "README.md").read_text()
+    assert f"| test accuracy, % | {manifest['metrics']['test_accuracy']:.2f} |" in card
+    assert manifest["data_digest"] in card and "CC BY 4.0" in card
+    rows = [
+        line for line in card.splitlines() if line.startswith(("| recovered | distill", "| teacher | train"))
+    ]
+    assert len(rows) == 2, "from the student back to the teacher"
+
+    # Another time, by the artifact's folder and in another format: the folder is replaced.
+    artifact = store / "artifacts" / manifest["artifact"]
+    options = ("--format", "safetensors", "--fp16", "--licence", "mine")
+    code, printed, _ = pbkd(capsys, "export", artifact, "--store", store, "--out", out, *options)
+    assert code == 0 and "100.00 % of 200 test images" in printed
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "export.json", "model.safetensors"]
+    assert "Licence: mine." in (out / "README.md").read_text()
+    assert load_file(out / "model.safetensors")["classifier.fc1.weight"].dtype.itemsize == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_card_runs_the_file(
+    store: Path, stages: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for form in ("onnx", "pt2"):
+        out = tmp_path / form
+        key = stages["teacher"]["key"]
+        assert pbkd(capsys, "export", key, "--store", store, "--format", form, "--out", out)[0] == 0
+        code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        program = f"{code}\nprint(tuple(logits.shape))"
+        command = [sys.executable, "-c", program]
+        found = subprocess.run(command, cwd=out, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == "(1, 10)"
+
+
+@pytest.fixture
+def server(store: Path, stages: dict[str, Any], tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """`mlflow models serve` on an exported student: its folder and its address."""
+    folder = tmp_path / "served"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key = stages["recovered"]["key"]
+    assert main(["export", key, "--store", str(store), "--dynamic-batch", "--out", str(folder)]) == 0
+    programs = Path(sys.executable).parent
+    process = subprocess.Popen(
+        [programs / "mlflow", "models", "serve", "-m", folder, "--env-manager", "local", "-p", str(port)],
+        env=os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if "Uvicorn running on" in line:
+            break
+    else:
+        pytest.fail("the server ended: " + "".join(said))
+    yield folder, f"http://127.0.0.1:{port}"
+    os.killpg(process.pid, 15)
+    process.communicate(timeout=60)
+
+
+def test_mlflow_serves_it(server: tuple[Path, str]) -> None:
+    folder, address = server
+    request = (folder / "serving_input_example.json").read_bytes()
+    image = np.asarray(json.loads(request)["inputs"], np.float32)
+    assert image.shape == (1, 1, 8, 8) and image.std() > 0.5, "a real digit"
+    several = json.dumps({"inputs": np.concatenate([image, image[:, :, ::-1]]).tolist()}).encode()
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    for body, images in ((request, image), (several, np.concatenate([image, image[:, :, ::-1]]))):
+        headers = {"Content-Type": "application/json"}
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{address}/invocations", body, headers), timeout=60
+        ) as answer:
+            logits = np.asarray(json.load(answer)["predictions"]["logits"])
+        np.testing.assert_allclose(logits, session.run(None, {"images": images})[0], atol=1e-5)
+
+
+MISTAKES = {
+    ("0123456789ab",): "'0123456789ab' is not in the store",
+    ("KEY", "seed=1"): "override 'seed=1': only the data can be elsewhere",
+    ("KEY", "data.rot=x"): "unknown key 'data.rot'; did you mean 'root'?",
+    (
+        "KEY",
+        "data.name=folder",
+        "data.root=nowhere",
+        "data.num_classes=10",
+    ): "or compare on noise: --without-data",
+    ("KEY", "data.name=cifar10", "data.root=nowhere"): "nowhere/cifar-10-batches-py/data_batch_1 is missing",
+    ("KEY", "--out", "."): "is there, and no export of pbkd's",
+    ("KEY", "--format", "onx"): "not one of 'onnx', 'pt2', 'safetensors'",
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES, ids=" ".join)
+def test_mistakes_are_named_and_leave_nothing(
+    typed: tuple[str, ...],
+    store: Path,
+    stages: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [stages["recovered"]["key"] if word == "KEY" else word for word in typed]
+    code, out, err = pbkd(capsys, "export", *arguments, "--store", store)
+    assert code == 2 and out == "" and MISTAKES[typed] in err and len(err.splitlines()) <= 3, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_data_are_noticed_and_noise_is_owned_up_to(
+    store: Path, stages: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The data set has changed since: it is not what the network was measured on."""
+    key = stages["pruned"]["key"]
+    path = store / "manifests" / f"{key}.json"
+    content = path.read_text()
+    manifest = json.loads(content)
+    try:
+        path.write_text(json.dumps(manifest | {"data_digest": "ab" * 32}))
+        code, _, err = pbkd(capsys, "export", key, "--store", store, "--out", tmp_path / "out")
+    finally:
+        path.write_text(content)
+    assert code == 2 and "these are other data" in err and "--without-data" in err
+
+    code, out, _ = pbkd(capsys, "export", key, "--store", store, "--out", tmp_path / "out", "--without-data")
+    assert code == 0 and "images of noise" in out
+    assert "images of noise" in (tmp_path / "out" / "README.md").read_text()
