@@ -108,7 +108,8 @@ def run(
     out.print(f"\nstudent: {opened.artifact_location(student.artifact)}", soft_wrap=True)
     is_default = store == os.environ.get("PBKD_STORE", DEFAULT_STORE)
     where = "" if is_default else f" --store {store}"
-    out.print(f"next:    pbkd ui{where}    pbkd lineage {student.artifact[:12]}{where}", soft_wrap=True)
+    commands = ("pbkd ui", f"pbkd lineage {student.key[:12]}", f"pbkd export {student.key[:12]}")
+    out.print("next:    " + "    ".join(command + where for command in commands), soft_wrap=True)
 
 
 @app.command(epilog="Example: pbkd plan pipelines/recipes/cifar100_vgg16.yaml")

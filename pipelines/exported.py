@@ -107,7 +107,7 @@ def _provenance(store: Store, reference: str, overrides: Sequence[str]) -> Prove
     pipeline_id = pipeline_of(store, manifest.key)
     if pipeline_id is None:
         return Provenance(manifest, store.manifest(key) if key else None, rows, None, None)
-    recipe = load_recipe(store.pipeline(pipeline_id) / "recipe.yaml", overrides)
+    recipe = load_recipe(store.recipe(pipeline_id), overrides)
     return Provenance(manifest, store.manifest(key) if key else None, rows, recipe.name, recipe.data)
 
 
@@ -176,7 +176,7 @@ def _test_images(store: Store, origin: Provenance) -> Tensor:
     )
     if origin.data is None:
         raise UserError(
-            f"stage {manifest.key[:12]}: no pipeline in {store.root} says which data it is of\n"
+            f"stage {manifest.key[:12]}: no pipeline in {store.location} says which data it is of\n"
             "use the store it was run in (--store DIR), or compare on noise: --without-data"
         )
     try:

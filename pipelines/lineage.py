@@ -39,7 +39,7 @@ def chain(store: Store, reference: str, tracking: str | None = None) -> list[dic
 def pipeline_of(store: Store, key: str) -> str | None:
     """Return the id of the latest pipeline that stage `key` is in, if the store has a journal of one."""
     for pipeline_id in store.pipelines():
-        records, _ = Journal(store.pipeline(pipeline_id) / "journal.jsonl").read()
+        records, _ = store.journal(pipeline_id).read()
         if any(record.get("key") == key for record in records):
             return pipeline_id
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipelines.display import human
+from pipelines.quantities import human
 from pipelines.store import Manifest
 
 TEMPLATE = "model_card.md.jinja"

@@ -194,7 +194,7 @@ class Store:
         return f"pbkd store drop {' '.join(keys)} --store {self.location}"
 
     def find(self, reference: str) -> Manifest:
-        """Return the stage of a key (or unique prefix), an artifact (digest or folder) or digest of weights.
+        """Return the stage of a key or artifact (or unique prefix), an artifact's folder, or weights' digest.
 
         Of several stages that made one artifact it is the first to have finished. Raises UserError if none
         fits.
@@ -204,12 +204,14 @@ class Store:
             key = self._key(name)
             if key is not None and (manifest := self.manifest(key)) is not None:
                 return manifest
-            made = [manifest for manifest in self.manifests() if name in (manifest.artifact, manifest.digest)]
+            made = [m for m in self.manifests() if m.artifact.startswith(name) or m.digest == name]
+            if len(artifacts := {m.artifact for m in made if m.artifact.startswith(name)}) > 1:
+                raise UserError(f"{reference!r} fits {len(artifacts)} artifacts: give more digits")
             if made:
                 return min(made, key=lambda manifest: manifest.created)
         raise UserError(
             f"{reference!r} is not in the store {self.location}\n"
-            f"looked for: a stage key or {SHORTEST_PREFIX}+ digits of one, an artifact (digest or folder), "
+            f"looked for: {SHORTEST_PREFIX}+ digits of a stage key or an artifact, an artifact's folder, "
             "a digest of weights\nlist them with pbkd run RECIPE --json; name another store with --store DIR"
         )
 

@@ -101,6 +101,7 @@ def test_find_understands_every_reference(store: Store, monkeypatch: pytest.Monk
         KEY,
         KEY[:6],
         ARTIFACT,
+        ARTIFACT[:6],
         WEIGHTS,
         str(store.artifact(ARTIFACT)),
         f"artifacts/{ARTIFACT}/spec.json",
