@@ -26,7 +26,7 @@ def export(
         str,
         typer.Argument(
             metavar="ARTIFACT",
-            help="Artifact (digest, 6+ digits of a stage key, or folder) or MLflow run id.",
+            help="Artifact or stage key (6+ digits), artifact folder, or MLflow run id.",
         ),
     ],
     overrides: Annotated[
