@@ -242,9 +242,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @cache
 def _add_registered() -> None:
-    """Add the sub-commands that packages above this one have registered."""
+    """Add what packages above this one have registered; an app of one command is that command."""
     for entry in entry_points(group="pbkd.commands"):
-        app.add_typer(entry.load(), name=entry.name)
+        added: typer.Typer = entry.load()
+        if len(added.registered_commands) == 1 and added.registered_callback is None:
+            app.registered_commands += added.registered_commands
+        else:
+            app.add_typer(added, name=entry.name)
 
 
 def _complain(message: str) -> None:

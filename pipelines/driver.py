@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, Literal, Protocol
 
@@ -74,26 +74,27 @@ class Driver:
         """Append to the journal."""
         self._journal.append({"type": type_, **content})
 
-    def begin(self) -> None:
-        """Record what is to be run, and what of it is finished."""
+    def begin(self, **content: Any) -> None:
+        """Record what is to be run, and what of it is finished; `content` is for the first record."""
         graph = self._graph
-        self.record(
-            "pipeline",
-            id=pipeline_id(graph),
-            name=graph.recipe.name,
-            recipe=graph.recipe.model_dump(mode="json"),
-            teacher=graph.teacher,
-            student=graph.student,
-            baselines=list(graph.baselines),
-            stages=list(graph.nodes),
-        )
+        known = {
+            "id": pipeline_id(graph),
+            "name": graph.recipe.name,
+            "recipe": graph.recipe.model_dump(mode="json"),
+            "teacher": graph.teacher,
+            "student": graph.student,
+            "baselines": list(graph.baselines),
+            "stages": list(graph.nodes),
+        }
+        self.record("pipeline", **(known | content))
         for name in self.manifests:
             self._record_end(graph.nodes[name])
 
-    def run(self, executor: Executor) -> None:
+    def run(self, executor: Executor, is_stopped: Callable[[], bool] = lambda: False) -> None:
         """Run every stage that is not finished, then close `executor`.
 
         Raises:
+            KeyboardInterrupt: `is_stopped`, asked every moment, said so; trainings have kept their state.
             UserError: a stage refused what it got.
             StageError: a stage failed for good. What was finished before stays finished.
         """
@@ -102,9 +103,11 @@ class Driver:
                 try:
                     # A stage is published before its job has ended, and Ray hangs if it is left in between.
                     while self._running or not self.is_done:
+                        if is_stopped():
+                            raise KeyboardInterrupt
                         self._launch(executor, heartbeat)
                         self._wait()
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, SystemExit):  # the latter is how Ray Tune ends a trial
                     for lease in self._held.values():
                         lease.ask_to_stop()
                     wait(self._running, timeout=STOP_SECONDS)  # trainings end after a step, with a checkpoint

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import MutableSequence, Sequence
+from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -75,6 +76,22 @@ def concurrency(compute: Compute, cores: int) -> int:
     if compute.concurrency != "auto":
         return compute.concurrency
     return max(1, cores // (compute.workers * compute.worker_threads))
+
+
+class InProcessExecutor:
+    """Jobs of one worker in this process: where it is kept, a job has nothing to start or to import."""
+
+    concurrency = 1
+    _alone = threading.Lock()
+    """Torch's generators and threads are the process's, and a job that was given up may still run."""
+
+    def run(self, job: Job, name: str) -> None:
+        """Carry out `job` in the thread that calls."""
+        with self._alone, suppress(GaveUp):
+            carry_out(job)
+
+    def close(self) -> None:
+        """Nothing: a job ends when its lease says so, or with the process."""
 
 
 class LocalExecutor:

@@ -329,9 +329,7 @@ class _Builder:
             return None, str(error)
         return stage_key(stage, semantic, inputs, self.data, self._recipe.compute, self.digest, seed), None
 
-    def _spec(
-        self, name: str, stage: Stage, inputs: Mapping[str, Node]
-    ) -> tuple[AnySpec | None, str | None]:
+    def _spec(self, name: str, stage: Stage, inputs: Mapping[str, Node]) -> tuple[AnySpec | None, str | None]:
         """The architecture, or None and the reason."""
         specs: dict[str, AnySpec] = {}
         for role, given in inputs.items():

@@ -144,6 +144,8 @@ class _ProgressHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append it; what cannot be written is logging's own to report."""
+        if record.name == "pipelines.driver":  # in one process with the driver: it says what it read here
+            return
         try:
             self._progress.append({"type": "progress", "warning": record.getMessage()})
         except OSError:

@@ -32,6 +32,7 @@ class Projection:
         self._store = store
         self._artifact_location = artifact_location
         self._pipeline: Record = {}
+        self._trial: Record | None = None
         self._stages: StageRuns
         self._run: Run
 
@@ -68,7 +69,8 @@ class Projection:
         }
 
     def _begin(self, record: Record) -> None:
-        experiment_id = self._experiment(record["name"])
+        experiment_id = experiment(self._client, record["name"], self._artifact_location)
+        self._trial = record.get("trial")
         found = self._client.search_runs(
             [experiment_id], f"tags.`pbkd.pipeline` = '{record['id']}'", max_results=1
         )
@@ -82,8 +84,16 @@ class Projection:
                 "mlflow.source.name": f"pbkd run {record['name']}",
             }
             name = f"{record['name']} {record['id'][:8]}"
+            if self._trial is not None:
+                search = self._trial["search"]
+                parent = search_run(self._client, experiment_id, search, _milliseconds(record))
+                tags |= {"pbkd.role": "trial", "pbkd.search": search}
+                tags |= {"mlflow.parentRunId": parent.info.run_id}
+                name = f"trial {self._trial['number']}"
             self._run = self._client.create_run(experiment_id, _milliseconds(record), tags, name)
         facts = {name: record.get(name) for name in ("teacher", "student", "baselines")}
+        if self._trial is not None:  # the searched keys alone: they are what its runs are compared by
+            facts = {key: value for key, value in self._trial["params"].items() if value is not None}
         log_run(self._client, self._run.info.run_id, params={"recipe": record["name"]} | flatten(facts))
         data = (record.get("recipe") or {}).get("data") or {}
         self._stages = StageRuns(
@@ -104,7 +114,9 @@ class Projection:
             return
         stage, run_id = self._stages.complete(manifest), self._run.info.run_id
         metrics, params = {}, {}
-        if role == "student":
+        if self._trial is not None:  # its measures come with its end; test accuracy is for winners
+            pass
+        elif role == "student":
             metrics = {name: manifest.metrics.get(name) for name in HEADLINE}
             metrics["accuracy"] = manifest.metrics.get("test_accuracy")
             params = headline_params(manifest, record["name"])
@@ -112,7 +124,7 @@ class Projection:
             metrics = {"teacher_accuracy": manifest.metrics.get("test_accuracy")}
         tags = {f"pbkd.stage.{record['name']}": stage.run_id}
         log_run(self._client, run_id, final_metrics(metrics, manifest), params, tags)
-        if role in ("student", "baseline"):
+        if role in ("student", "baseline") and self._trial is None:
             assert stage.model_id is not None, "a complete stage has a model"
             register(self._client, self._pipeline["name"], role, manifest, stage.run_id, stage.model_id)
 
@@ -120,28 +132,20 @@ class Projection:
         self._stages.write_latencies(record["key"], record.get("latencies") or {}, _milliseconds(record))
 
     def _ended(self, record: Record) -> None:
+        from mlflow.entities import Metric
+
         status = RUN_STATUS[record["status"]]
         self._stages.write_rows()
+        if self._trial is not None:
+            values = {
+                name: value for name, value in (record.get("values") or {}).items() if value is not None
+            }
+            moment = _milliseconds(record)
+            metrics = [Metric(name, float(value), moment, 0) for name, value in values.items()]
+            tags = {"pbkd.outcome": record["outcome"]} if "outcome" in record else {}
+            log_run(self._client, self._run.info.run_id, metrics, tags=tags)
         self._stages.end_unfinished("FAILED" if status == "FAILED" else "KILLED", _milliseconds(record))
         self._client.set_terminated(self._run.info.run_id, status, _milliseconds(record))
-
-    def _experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return self._client.create_experiment(name, self._artifact_location, EXPERIMENT_TAGS)
-            except MlflowException as error:
-                experiment = self._client.get_experiment_by_name(name)  # another node was faster
-                if experiment is None:
-                    raise error
-        if experiment.lifecycle_stage == "deleted":
-            self._client.restore_experiment(experiment.experiment_id)
-        for tag, value in EXPERIMENT_TAGS.items():
-            if tag not in experiment.tags:
-                self._client.set_experiment_tag(experiment.experiment_id, tag, value)
-        return str(experiment.experiment_id)
 
     def _name(self, record: Record) -> str:
         """Tell the stages what the recipe calls a key; return the part it plays there."""
@@ -154,6 +158,36 @@ class Projection:
             role = "baseline" if name in (self._pipeline.get("baselines") or []) else "stage"
         self._stages.names[key], self._stages.roles[key] = name, role
         return role
+
+
+def experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> str:
+    """Return the id of a recipe's experiment, made with its saved views if need be."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return client.create_experiment(name, artifact_location, EXPERIMENT_TAGS)
+        except MlflowException as error:
+            found = client.get_experiment_by_name(name)  # another node was faster
+            if found is None:
+                raise error
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    for tag, value in EXPERIMENT_TAGS.items():
+        if tag not in found.tags:
+            client.set_experiment_tag(found.experiment_id, tag, value)
+    return str(found.experiment_id)
+
+
+def search_run(client: "MlflowClient", experiment_id: str, search: str, moment: int) -> "Run":
+    """Return the run of a search, the parent of its trials' runs; made if need be."""
+    mine = f"tags.`pbkd.search` = '{search}' AND tags.`pbkd.role` = 'search'"
+    found = client.search_runs([experiment_id], mine, max_results=1)
+    if found:
+        return found[0]
+    tags = {"pbkd.search": search, "pbkd.role": "search", "mlflow.source.name": f"pbkd tune {search}"}
+    return client.create_run(experiment_id, moment, tags, f"search {search}")
 
 
 def _milliseconds(record: Record) -> int:

@@ -40,16 +40,14 @@ class RayExecutor:
             UserError: no cluster answers, or it can never give what a job asks for.
         """
         self._store = store
-        _connect(store, compute)
+        connect(store, compute)
         try:
             import ray
 
-            resources = ray.cluster_resources()
-            has_gpus = resources.get("GPU", 0.0) >= compute.workers
-            self._use_gpu = compute.device == "cuda" or (compute.device == "auto" and has_gpus)
-            self._resources = {"CPU": float(compute.worker_threads)} | ({"GPU": 1.0} if self._use_gpu else {})
-            self.concurrency = concurrency(compute, int(resources.get("CPU", 1)))
-            _require_room(compute, self._resources)
+            self._resources = worker_resources(compute)
+            self._use_gpu = "GPU" in self._resources
+            self.concurrency = concurrency(compute, int(ray.cluster_resources().get("CPU", 1)))
+            require_room(compute, self._resources)
         except BaseException:
             self.close()
             raise
@@ -90,7 +88,21 @@ class RayExecutor:
         ray.shutdown()
 
 
-def _connect(store: Store, compute: Compute) -> None:
+def worker_resources(compute: Compute) -> dict[str, float]:
+    """What one worker asks of the cluster that this process has joined."""
+    import ray
+
+    has_gpus = ray.cluster_resources().get("GPU", 0.0) >= compute.workers
+    use_gpu = compute.device == "cuda" or (compute.device == "auto" and has_gpus)
+    return {"CPU": float(compute.worker_threads)} | ({"GPU": 1.0} if use_gpu else {})
+
+
+def connect(store: Store, compute: Compute) -> None:
+    """Join the cluster of RAY_ADDRESS, or start one on loopback with a token only its owner can read.
+
+    Raises:
+        UserError: no cluster answers.
+    """
     # After how long Ray takes a worker that does not answer for lost; one that hangs ends itself (`Guard`).
     patience = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(compute.watchdog_seconds)}
     for name, value in (SETTINGS | patience).items():
@@ -149,14 +161,22 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def _require_room(compute: Compute, per_worker: dict[str, float]) -> None:
-    """Refuse what would wait for ever: a worker needs a node, and all workers run at the same time."""
+def places(wish: dict[str, float]) -> int:
+    """How many times what `wish` names is there, each time on one node."""
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0) // amount) for name, amount in per_worker.items()) for node in nodes)
+    return sum(min(int(node.get(name, 0) // amount) for name, amount in wish.items()) for node in nodes)
+
+
+def require_room(compute: Compute, per_worker: dict[str, float]) -> None:
+    """Refuse what would wait for ever: a worker needs a node, and all workers run at the same time."""
+    import ray
+
+    room = places(per_worker)
     if room >= compute.workers:
         return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     wish = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
     there = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in per_worker)
     cure = "set compute.device=auto" if "GPU" in per_worker else "lower compute.workers or compute.threads"

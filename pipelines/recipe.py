@@ -111,7 +111,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: names the file, the key, what was found, what was expected.
     """
-    given = _read(path)
+    return _typed(_read(path), overrides, path)
+
+
+def revise(recipe: Recipe, overrides: Sequence[str], path: Path) -> Recipe:
+    """A recipe with further overrides; `path` is what errors name it by. Raises UserError."""
+    return _typed(OmegaConf.create(as_written(recipe)), overrides, path)
+
+
+def as_written(recipe: Recipe) -> dict[str, Any]:
+    """What a YAML file has to say for this recipe, without the defaults."""
+    return recipe.model_dump(mode="json", exclude_unset=True)
+
+
+def _typed(given: DictConfig, overrides: Sequence[str], path: Path) -> Recipe:
     for override in overrides:
         given = _override(given, override)
     try:

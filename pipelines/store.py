@@ -78,7 +78,9 @@ class Store:
         root: that folder; of an object store, a folder of this machine for copies, caches and logs.
     """
 
-    FOLDERS = ("manifests", "artifacts", "leases", "work", "latency", "pipelines", "mlflow", "scratch")
+    FOLDERS = (
+        "manifests", "artifacts", "leases", "work", "latency", "pipelines", "searches", "mlflow", "scratch",
+    )  # fmt: skip
 
     def __init__(self, location: str | Path) -> None:
         """Open the store, made if need be. Raises UserError, leaving nothing behind, if it fails."""
@@ -298,13 +300,19 @@ class Store:
 
     def pipeline(self, pipeline_id: str) -> Path:
         """Return this machine's folder of a pipeline, made if it is not there."""
-        folder = self.root / _pipeline(pipeline_id)
-        folder.mkdir(exist_ok=True)
-        return folder
+        return self._here("pipelines", pipeline_id)
+
+    def search(self, name: str) -> Path:
+        """Return this machine's folder of a search, made if it is not there."""
+        return self._here("searches", name)
+
+    def search_records(self, name: str) -> Storage:
+        """Return where a search's journal is."""
+        return self.storage.below(_place("searches", name))
 
     def records(self, pipeline_id: str) -> Storage:
         """Return where a pipeline's journal and its recipe.yaml are."""
-        return self.storage.below(_pipeline(pipeline_id))
+        return self.storage.below(_place("pipelines", pipeline_id))
 
     def journal(self, pipeline_id: str) -> Journal:
         """Return the journal of a pipeline, whether it is begun or not."""
@@ -327,6 +335,15 @@ class Store:
                 written[pipeline_id] = self.storage.stat(f"pipelines/{pipeline_id}/journal.jsonl").modified
         return sorted(written, key=lambda pipeline_id: written[pipeline_id], reverse=True)
 
+    def searches(self) -> list[str]:
+        """Return the names of all searches."""
+        return self.storage.names("searches")
+
+    def _here(self, kind: str, name: str) -> Path:
+        folder = self.root / _place(kind, name)
+        folder.mkdir(exist_ok=True)
+        return folder
+
 
 def _manifest(key: str) -> str:
     return f"manifests/{hex_name(key)}.json"
@@ -340,10 +357,10 @@ def _latency(network: str, machine: str) -> str:
     return f"latency/{hex_name(network)}-{sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
-def _pipeline(pipeline_id: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", pipeline_id):
-        raise UserError(f"{pipeline_id!r} is not a pipeline's id: expected letters, digits and - _ . only")
-    return f"pipelines/{pipeline_id}"
+def _place(kind: str, name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise UserError(f"{name!r} names none of the {kind}: expected letters, digits and - _ . only")
+    return f"{kind}/{name}"
 
 
 def _damaged(place: str, what: str) -> UserError:

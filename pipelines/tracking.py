@@ -1,16 +1,19 @@
-"""Fills MLflow from a pipeline's journal, in the background: what fails can be repeated from the journal."""
+"""Fills MLflow from journals, in the background: what fails can be repeated from them."""
 
 import json
 import logging
 import os
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from pbkd.errors import StageError
 from pbkd.storage import Folder, Storage
+from pipelines.journal import Journal
 from pipelines.projection import Projection
+from pipelines.search_projection import SearchProjection
 from pipelines.store import Store
 
 if TYPE_CHECKING:
@@ -47,7 +50,16 @@ def connect(uri: str) -> "MlflowClient":
 
 def read_ids(store: Store, pipeline_id: str) -> dict[str, Any]:
     """Return `{"uri", "experiment_id", "pipeline_run", "stages": {KEY: {"run_id", "model_id"}}}` or {}."""
-    for place in (_here(store, pipeline_id), store.records(pipeline_id)):
+    return _read_ids(_places(store, pipeline_id))
+
+
+def _places(store: Store, pipeline_id: str) -> list[Storage]:
+    """Where a pipeline's ids are kept: on this machine, and in the store."""
+    return [Folder(store.pipeline(pipeline_id)), store.records(pipeline_id)]
+
+
+def _read_ids(places: list[Storage]) -> dict[str, Any]:
+    for place in places:
         try:
             ids: dict[str, Any] = json.loads(place.read(IDS))
         except FileNotFoundError:
@@ -56,56 +68,79 @@ def read_ids(store: Store, pipeline_id: str) -> dict[str, Any]:
     return {}
 
 
-def _here(store: Store, pipeline_id: str) -> Storage:
-    return Folder(store.pipeline(pipeline_id))
-
-
-def _write_ids(store: Store, pipeline_id: str, ids: dict[str, Any]) -> None:
+def _write_ids(places: list[Storage], ids: dict[str, Any]) -> None:
     """Keep the ids on this machine and, if others can reach that MLflow too, in the store."""
-    places = [_here(store, pipeline_id)]
-    if not ids["uri"].startswith("sqlite:"):
-        places.append(store.records(pipeline_id))
-    for place in {place.location(): place for place in places}.values():  # of a folder both are one
+    reached = places[:1] if ids["uri"].startswith("sqlite:") else places
+    for place in {place.location(): place for place in reached}.values():  # of a folder both are one
         place.replace(IDS, json.dumps(ids, indent=1).encode())
 
 
+@dataclass
+class _Followed:
+    """A journal that is projected, as far as that has got.
+
+    Attributes:
+        places: this machine's folder, and where the journal is.
+    """
+
+    places: list[Storage]
+    kind: type[Projection | SearchProjection]
+    projection: Projection | SearchProjection | None = None
+    offset: int = 0
+
+
 class Tracker:
-    """Projects one pipeline's journal to the MLflow at `uri`.
+    """Projects one pipeline's journal, or a search's and its trials', to the MLflow at `uri`.
 
     Training never waits for it nor fails by it: a failure is logged once, with the cure, and tried again.
     """
 
-    def __init__(self, uri: str, store: Store, pipeline_id: str) -> None:
+    def __init__(
+        self, uri: str, store: Store, pipeline_id: str | None = None, search: str | None = None
+    ) -> None:
         """Prepare; nothing is imported, connected to or made before `start` or `project`."""
         self.uri = uri
         self._store = store
-        self._id = pipeline_id
-        self._journal = store.journal(pipeline_id)
-        self._projection: Projection | None = None
-        self._offset = 0
+        self._followed: list[_Followed] = []
+        if search is not None:
+            places = [Folder(store.search(search)), store.search_records(search)]
+            self._followed.append(_Followed(places, SearchProjection))
+        if pipeline_id is not None:
+            self.follow(pipeline_id)
         self._has_failed = False
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pbkd-tracker", daemon=True)
 
+    def follow(self, pipeline_id: str) -> None:
+        """Project this pipeline's journal too."""
+        self._followed.append(_Followed(_places(self._store, pipeline_id), Projection))
+
     def project(self) -> dict[str, Any]:
-        """Write what is new in the journal now, in this thread; return the ids. Raises what MLflow raises."""
+        """Write what is new in the journals now, in this thread. Raises what MLflow raises.
+
+        Returns the ids of the first.
+        """
         with tracking_lock(self._store):
-            try:
-                if self._projection is None:
-                    location = None
-                    if self.uri.startswith("sqlite:"):
-                        location = (self._store.root / "mlflow" / "artifacts").as_uri()
-                    self._projection, self._offset = Projection(connect(self.uri), self._store, location), 0
-                records, offset = self._journal.read(self._offset)
-                if records:
-                    self._projection.apply(records)
-                    self._offset = offset
-                    ids = {"uri": self.uri} | self._projection.ids()
-                    _write_ids(self._store, self._id, ids)
-            except BaseException:
-                self._projection = None  # what it had written is unknown: the next one looks everything up
-                raise
-        return read_ids(self._store, self._id)
+            for followed in list(self._followed):
+                try:
+                    self._project(followed)
+                except BaseException:
+                    followed.projection = None  # what it had written is unknown: the next looks everything up
+                    raise
+        return _read_ids(self._followed[0].places)
+
+    def _project(self, followed: _Followed) -> None:
+        if followed.projection is None:
+            location = None
+            if self.uri.startswith("sqlite:"):
+                location = (self._store.root / "mlflow" / "artifacts").as_uri()
+            followed.projection, followed.offset = followed.kind(connect(self.uri), self._store, location), 0
+        records, offset = Journal(followed.places[-1]).read(followed.offset)
+        if records:
+            followed.projection.apply(records)
+            followed.offset = offset
+            ids = {"uri": self.uri} | followed.projection.ids()
+            _write_ids(followed.places, ids)
 
     def start(self) -> None:
         """Begin to project in the background, as the journal grows."""
@@ -156,8 +191,19 @@ def replay(uri: str, store: Store) -> list[str]:
             client = connect(uri)
             experiments = client.search_experiments(filter_string="tags.`pbkd.experiment` = 'true'")
             ids = [experiment.experiment_id for experiment in experiments]
-            runs = client.search_runs(ids, "tags.`pbkd.role` = 'pipeline'", max_results=1000) if ids else []
-        complete = {run.data.tags["pbkd.pipeline"] for run in runs if run.info.status != "RUNNING"}
+            runs = [
+                run
+                for role in ("pipeline", "trial", "search")
+                for run in (
+                    client.search_runs(ids, f"tags.`pbkd.role` = '{role}'", max_results=1000) if ids else []
+                )
+            ]
+        ended = [run.data.tags for run in runs if run.info.status != "RUNNING"]
+        complete = {tags.get("pbkd.pipeline") for tags in ended}
+        searched = {tags.get("pbkd.search") for tags in ended if "pbkd.pipeline" not in tags}
+        for name in store.searches():
+            if name not in searched:
+                Tracker(uri, store, search=name).project()
         missing = [name for name in reversed(store.pipelines()) if name not in complete]
         for pipeline_id in missing:
             Tracker(uri, store, pipeline_id).project()

@@ -20,6 +20,7 @@ HEADLINE = ("test_accuracy", "val_accuracy", "macs", "params", "macs_ratio", "pa
 
 VIEW = "pbkd-accuracy-macs"
 WORKFLOW = "workflowType=machine_learning"  # else the UI of MLflow 3 begins as one for language models
+TRIAL_COLUMNS = ("val_accuracy", "macs", "macs_ratio", "params", "latency_ms", "stages_run", "seconds")
 COLUMNS = ("test_accuracy", "macs", "macs_ratio", "params_ratio", "latency_ms", "agreement", "val_accuracy")
 
 
@@ -51,14 +52,43 @@ def _chart(kind: str, section: str, **settings: Any) -> dict[str, Any]:
     return chart | {"runsCountToCompare": 100, "deleted": False, "isGenerated": False} | settings
 
 
+def search_view(search: str, keys: list[str]) -> tuple[str, str]:
+    """Return the tag and the state of a saved view of a search's trials, compared by the searched `keys`."""
+    columns = [*(f"params.`{key}`" for key in keys), *(f"metrics.`{name}`" for name in TRIAL_COLUMNS)]
+    axes = {"xaxis": {"key": "macs", "type": "METRIC"}, "yaxis": {"key": "val_accuracy", "type": "METRIC"}}
+    parallel = {"selectedParams": keys, "selectedMetrics": ["macs", "val_accuracy"]}
+    charts = [
+        _chart("SCATTER", "trade", **axes),
+        _chart("PARALLEL", "trade", showAllRuns=True, **parallel),
+    ]
+    mine = f"tags.`pbkd.search` = '{search}' AND tags.`pbkd.role` = 'trial'"
+    tag = f"mlflow.sharedViewState.pbkd-search-{search}"
+    return tag, _state(f"Trials of {search}", mine, columns, {"trade": "Accuracy against MACs"}, charts)
+
+
 def _view() -> str:
-    """Return the state of the runs page, in the form the UI of MLflow 3.17 itself writes for a saved view."""
     columns = ["tags.`pbkd.role`", *(f"metrics.`{name}`" for name in COLUMNS)]
     axes = {"xaxis": {"key": "macs", "type": "METRIC"}, "yaxis": {"key": "test_accuracy", "type": "METRIC"}}
     parallel = {"selectedParams": ["Stage"], "selectedMetrics": ["macs", "params", "test_accuracy"]}
-    section = {"display": True, "isReordered": True, "deleted": False, "isGenerated": False}
+    charts = [
+        _chart("SCATTER", "trade", **axes),
+        _chart("PARALLEL", "trade", showAllRuns=True, **parallel),
+        _chart("BAR", "stages", metricKey="test_accuracy"),
+        _chart("BAR", "stages", metricKey="macs_ratio"),
+    ]
+    stages_only = " AND ".join(f"tags.`pbkd.role` != '{role}'" for role in ("pipeline", "trial", "search"))
+    sections = {"trade": "Accuracy against MACs", "stages": "The stages"}
+    return _state("Accuracy against MACs", stages_only, columns, sections, charts)
+
+
+def _state(
+    name: str, search: str, columns: list[str], sections: dict[str, str], charts: list[dict[str, Any]]
+) -> str:
+    """Return the state of the runs page, in the form the UI of MLflow 3.17 itself writes for a saved view."""
+    section = {"display": True, "isReordered": True, "deleted": False, "isGenerated": False, "columns": 2}
+    heights: dict[str, Any] = {"trade": {"cardHeight": 400}}
     state = {
-        "searchFilter": "tags.`pbkd.role` != 'pipeline'",
+        "searchFilter": search,
         "orderByKey": "metrics.`macs`",
         "orderByAsc": False,
         "startTime": "ALL",
@@ -71,18 +101,13 @@ def _view() -> str:
         "runsHiddenMode": "SHOW_ALL",
         "isAccordionReordered": True,
         "compareRunSections": [
-            section | {"uuid": "trade", "name": "Accuracy against MACs", "columns": 2, "cardHeight": 400},
-            section | {"uuid": "stages", "name": "The stages", "columns": 2},
+            section | {"uuid": uuid, "name": title} | heights.get(uuid, {})
+            for uuid, title in sections.items()
         ],
-        "compareRunCharts": [
-            _chart("SCATTER", "trade", **axes),
-            _chart("PARALLEL", "trade", showAllRuns=True, **parallel),
-            _chart("BAR", "stages", metricKey="test_accuracy"),
-            _chart("BAR", "stages", metricKey="macs_ratio"),
-        ],
+        "compareRunCharts": charts,
     }
     packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode(), 9)).decode()
-    return json.dumps({"name": "Accuracy against MACs", "createdAt": 0, "updatedAt": 0, "state": packed})
+    return json.dumps({"name": name, "createdAt": 0, "updatedAt": 0, "state": packed})
 
 
 EXPERIMENT_TAGS = {"pbkd.experiment": "true", f"mlflow.sharedViewState.{VIEW}": _view()}

@@ -1,1 +1,1 @@
-"""Search spaces over recipe keys for Ray Tune. Nothing is here yet: searching comes after the main job."""
+"""Search by Ray Tune over the keys of a recipe; a stage that several trials share is run once."""

@@ -1,0 +1,142 @@
+"""`pbkd tune`. It imports what is heavy only when it is called."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from pipelines.inspect_command import AllowImport
+from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption
+
+if TYPE_CHECKING:
+    from tune_spaces.search import Options
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: pbkd tune joint pipelines/recipes/digits.yaml --trials 8 data.val_fraction=0.2")
+def tune(
+    space: Annotated[
+        str,
+        typer.Argument(
+            metavar="SPACE",
+            help="student_widths, pruning_ratios, stabilization_lengths, joint or a SPACE.yaml.",
+        ),
+    ],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, for all trials.")
+    ] = None,
+    trials: Annotated[int, typer.Option(min=1, help="How many; a small space may have fewer.")] = 16,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Trials at the same time; as many as the cluster holds.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GOALS",
+            help="Of accuracy,macs,latency: one is optimized, several give a Pareto front; "
+            "accuracy with a limit, accuracy,macs without.",
+        ),
+    ] = None,
+    max_macs: Annotated[
+        float | None, typer.Option(help="Most multiply-accumulates; up to 1: a share of the teacher's.")
+    ] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Longest latency of one image, in ms.")] = None,
+    sampler: Annotated[
+        Literal["tpe", "nsga2", "fixed"],
+        typer.Option(help="fixed: a list drawn beforehand, in the order that shares most."),
+    ] = "tpe",
+    seed: Annotated[int, typer.Option(min=0, help="Of the drawing of trials.")] = 0,
+    early_stop: Annotated[
+        bool, typer.Option("--early-stop", help="Stop trials that fall behind (ASHA); for accuracy alone.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Of the search in the store; RECIPE-SPACE.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Run nothing; report on what is there, finished or not.")
+    ] = False,
+    store: StoreOption = DEFAULT_STORE,
+    allow_import: AllowImport = False,
+    json_: Machine = False,
+) -> None:
+    """Search values for keys of a recipe with Ray Tune; a stage that trials share is run once.
+
+    An interrupted search goes on when the same command is typed again.
+    """
+    import logging
+    import sys
+    from contextlib import redirect_stdout
+
+    from rich.console import Console
+
+    from pbkd.errors import UserError
+    from pipelines.display import LogLines
+    from pipelines.executors import require_machine
+    from pipelines.graph import require_keys
+    from pipelines.recipe import load_recipe
+    from pipelines.signals import Stop, stopping
+    from pipelines.store import Store
+    from tune_spaces.objective import objective_of
+    from tune_spaces.results import write
+    from tune_spaces.search import Options, Search
+    from tune_spaces.space import open_space
+    from tune_spaces.subject import Subject
+    from tune_spaces.watch import ConsoleWatch, table
+
+    console = Console(stderr=True)
+    logging.getLogger().addHandler(LogLines(console))
+    try:
+        with stopping(), tempfile.TemporaryDirectory() as cache, redirect_stdout(sys.stderr):
+            loaded = load_recipe(recipe, overrides or [])
+            opened = Store(store) if Store.exists(store) else None
+            subject = Subject.of(recipe, loaded, opened, opened.root / "cache" if opened else Path(cache))
+            searched = open_space(space, subject)
+            goals = objective_of(subject, objective, max_macs, max_latency)
+            options = _options(
+                Options(
+                    name or f"{loaded.name}-{searched.name}",
+                    trials,
+                    sampler,
+                    seed,
+                    max_concurrent,
+                    early_stop,
+                ),
+                goals.goals,
+            )
+            require_keys(subject.graph)
+            if report and opened is None:
+                raise UserError(
+                    f"store {store}: there is none; run the search first, or name it by --store DIR"
+                )
+            if opened is None:  # made only now: a mistake leaves nothing behind
+                require_machine(subject.graph.recipe.compute)
+                opened = Store(store)
+            search = Search(subject, searched, goals, options, opened, ConsoleWatch(console))
+            if report:
+                search.require_record()
+            else:
+                search.run()
+            results = write(search, opened)
+    except Stop as stop:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(stop.code) from None
+    if json_:
+        typer.echo(json.dumps(results.report))
+        return
+    out = Console(width=None if sys.stdout.isatty() else 140)
+    out.print(table(results))
+
+
+def _options(options: Options, goals: tuple[str, ...]) -> Options:
+    from pbkd.errors import UserError
+
+    if options.early_stop and len(goals) > 1:
+        raise UserError(
+            f"--early-stop: goes by accuracy alone, and would stop the small networks of {','.join(goals)}\n"
+            "leave it out, or search accuracy under a limit: --objective accuracy --max-macs 0.5"
+        )
+    return options

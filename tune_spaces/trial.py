@@ -1,0 +1,171 @@
+"""A trial, as Ray Tune runs it: a pipeline in this process, which stays warm for the next trial."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pbkd.errors import StageError, UserError
+from pbkd.stages.base import TrainingStage
+from pipelines.driver import Driver, Outcome
+from pipelines.executors import Executor, InProcessExecutor, LocalExecutor
+from pipelines.graph import Graph, Node, build_graph, pipeline_id
+from pipelines.jobs import Job
+from pipelines.latency import Latencies
+from pipelines.recipe import load_recipe
+from pipelines.store import Manifest, Store
+from tune_spaces.objective import Objective
+from tune_spaces.quiet import Quiet
+from tune_spaces.record import pipeline_of
+
+STOP = "stop"
+"""A file in the search's folder: its trials are to keep their state and end."""
+STAGE = 100
+"""Progress of a whole stage; what ASHA compares trials at."""
+
+
+class OverLimit(KeyboardInterrupt):
+    """The student is known to break a limit: what is left of its trial is not worth running."""
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """Run trial `number` of `search` in `store`; reports how it does and, as `result`, how it ended.
+
+    A mistake in it, or a failure of a stage, is its result: another attempt would not mend it.
+    """
+    from ray import tune
+
+    begun = time.monotonic()
+    store, search, number = Store(config["store"]), str(config["search"]), int(config["number"])
+    identity = pipeline_of(search, number)
+    recipe = load_recipe(store.recipe(identity))
+    recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"fuse": True})})
+    graph = build_graph(recipe, store, store.root / "cache")
+    objective, quiet = Objective.model_validate(config["objective"]), Quiet(store.search(search))
+    signs = store.search_records(search)
+    watcher = _Watcher(graph, set(config["touched"]), objective, store)
+    executor = _QuietExecutor(recipe_executor(graph), quiet)
+    result: dict[str, Any] = {}
+    try:
+        driver = Driver(graph, store, store.journal(identity), watcher)
+        driver.begin(
+            id=identity,
+            pipeline=pipeline_id(graph),
+            trial={"search": search, "number": number, "params": config["params"]},
+        )
+        driver.run(executor, lambda: STOP in signs.names())
+        student = driver.manifests[graph.student]
+        result = {"outcome": "finished", "values": _values(student), "digest": student.digest}
+        if objective.wants_latency:
+            latencies = Latencies(store, recipe.compute)
+            if not latencies.are_measured([student]):
+                with quiet.alone():
+                    latencies.measure([student])
+            result["values"]["latency_ms"] = latencies.of(student)["latency_ms"]
+        if objective.excess(result["values"]):
+            result["outcome"] = "over"
+    except OverLimit:
+        result = {"outcome": "over", "values": {"macs": watcher.macs}}
+    except (UserError, StageError) as error:
+        result = {"outcome": "failed", "message": str(error)}
+    ran = [name for name, outcome in watcher.outcomes.items() if outcome == "ran"]
+    own = sum(watcher.manifests[name].seconds for name in ran)
+    tune.report(
+        {
+            "progress": watcher.progress_made,
+            "result": json.dumps(
+                result
+                | {
+                    "stages": {name: node.key for name, node in graph.nodes.items()},
+                    "ran": ran,
+                    "seconds": time.monotonic() - begun,
+                    "own_seconds": own,
+                }
+            ),
+        }
+    )
+
+
+def recipe_executor(graph: Graph) -> Executor:
+    """This process, where a stage has one worker; else processes of this machine."""
+    compute = graph.recipe.compute
+    return InProcessExecutor() if compute.workers == 1 else LocalExecutor(compute)
+
+
+def _values(student: Manifest) -> dict[str, float | None]:
+    """What a search may judge by: nothing of the test set."""
+    names = ("val_accuracy", "macs", "params", "macs_ratio", "params_ratio")
+    return {name: student.metrics.get(name) for name in names}
+
+
+class _QuietExecutor:
+    """Another executor, whose jobs let latencies be measured alone."""
+
+    def __init__(self, executor: Executor, quiet: Quiet) -> None:
+        self.concurrency = 1
+        self._executor, self._quiet = executor, quiet
+
+    def run(self, job: Job, name: str) -> None:
+        with self._quiet.together():
+            self._executor.run(job, name)
+
+    def close(self) -> None:
+        self._executor.close()
+
+
+@dataclass
+class _Watcher:
+    """Tells Ray Tune how a trial does, and ends it when the student is known to break a limit."""
+
+    graph: Graph
+    touched: set[str]
+    objective: Objective
+    store: Store
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+    progress_made: float = 0.0
+    macs: int | None = None
+
+    def __post_init__(self) -> None:
+        cost = self.graph.nodes[self.graph.student].cost
+        self.macs = None if cost is None else cost.macs
+
+    def started(self, node: Node) -> None:
+        """Nothing is to be told."""
+
+    def progress(self, node: Node, row: Mapping[str, Any]) -> None:
+        """Report the validation accuracy after an epoch."""
+        stage = node.stage
+        if node.name in self.touched and isinstance(stage, TrainingStage) and "val_accuracy" in row:
+            share = row["step"] / stage.steps if stage.steps else row["epoch"] / (stage.epochs or 1)
+            self._report(STAGE * (self._done() + min(share, 0.99)), row["val_accuracy"])
+
+    def finished(self, node: Node, outcome: Outcome, manifest: Manifest) -> None:
+        """Report the validation accuracy after a stage."""
+        self.outcomes[node.name], self.manifests[node.name] = outcome, manifest
+        if node.name in self.touched:
+            accuracy = manifest.metrics.get("val_accuracy")
+            self._report(float(STAGE * self._done()), accuracy)
+        self._check_limit()
+
+    def _check_limit(self) -> None:
+        if self.macs is None and self.objective.max_macs is not None:
+            graph = build_graph(self.graph.recipe, self.store, self.store.root / "cache")
+            cost = graph.nodes[graph.student].cost
+            self.macs = None if cost is None else cost.macs
+            if self.objective.excess({"macs": self.macs}) and graph.student not in self.manifests:
+                raise OverLimit
+
+    def _done(self) -> int:
+        return len(self.touched & self.outcomes.keys())
+
+    def _report(self, progress: float, accuracy: float | None) -> None:
+        from ray import tune
+
+        # A stage that was here already has its place in the order too: ASHA wants progress to grow.
+        if accuracy is not None and progress > self.progress_made:
+            self.progress_made = progress
+            tune.report({"progress": progress, "val_accuracy": accuracy})
