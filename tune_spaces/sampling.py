@@ -74,7 +74,10 @@ class Drawn:
 
     def add(self, params: Params) -> tuple[Trial, Plan] | None:
         """Record a trial; None if it is known already."""
-        plan, number = self.subject.plan(params), len(self.record.trials)
+        number = len(self.record.trials)
+        if any(trial.params == params for trial in self.record.trials.values()):
+            return None
+        plan = self.subject.plan(params)
         if not self.is_new(plan, number):
             return None
         trial = self.record.add_trial(number, params, list(plan.overrides))
@@ -151,8 +154,7 @@ class Listed:
         for params in (params for _, params in zip(range(tries), source, strict=False)):
             if drawn.missing <= 0:
                 break
-            if not any(trial.params == params for trial in record.trials.values()):
-                drawn.add(params)
+            drawn.add(params)
         self._waiting = [
             (trial, drawn.subject.plan(trial.params))
             for trial in record.trials.values()
