@@ -42,7 +42,7 @@ TRAINING = (
     f"stages.teacher.steps={STEPS}", "compute.workers=2", "compute.executor=ray", "compute.fuse=false",
     f"compute.checkpoint_steps={INTERVAL}", "--until", "teacher",
 )  # fmt: skip
-LONGEST_SECONDS = 400.0
+LONGEST_SECONDS = 900.0
 POLL_SECONDS = 0.1
 
 

@@ -34,6 +34,7 @@ log = logging.getLogger("slurm")  # of all in this package
 FINAL = (0, 1, 2)
 RESTARTS = 3
 MARGIN_SECONDS = 10.0
+REQUEUE_SECONDS = 60.0
 
 
 class _Over(Exception):  # noqa: N818 - the way out, not an error
@@ -119,8 +120,9 @@ class _Run:
                 self._end_processes()
         if code not in FINAL and not (self.place / CANCEL).exists() and scheduler.is_preempted():
             note(self.place, "requeued", restart=self._restart, why="preempted")
+            self.close()
             scheduler.requeue()
-            time.sleep(60)  # Slurm ends it here
+            time.sleep(REQUEUE_SECONDS)  # Slurm ends it here
         write_end(self.place, End(code, reason if code == 1 else None))
         end = read_end(self.place)
         assert end is not None, "just written"

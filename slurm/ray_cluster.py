@@ -24,6 +24,7 @@ from typing import Self
 from slurm.fingerprint import Fingerprint
 
 LOOPBACK = "127.0.0.1"
+PREFIX = "pbkd-ray-"
 OBJECT_STORE_BYTES = 200 * 2**20  # jobs exchange nothing through it
 START_SECONDS = 120.0
 POLL_SECONDS = 0.2
@@ -100,7 +101,7 @@ class RayNode:
     def start(self, head: str | None = None) -> None:
         """Start the daemons, a head or a node of the cluster at `head`; those that ran are ended."""
         self.stop()
-        self._folder = Path(tempfile.mkdtemp(prefix="pbkd-ray-", dir=self._temporary))
+        self._folder, self._lock = _new_folder(self._temporary)
         token_file = self._folder / "token"
         token_file.touch(0o600)
         token_file.write_text(self.token)
@@ -167,6 +168,7 @@ class RayNode:
         if self._folder is not None:
             _end_users_of(self._folder)
             shutil.rmtree(self._folder, ignore_errors=True)
+            os.close(self._lock)
             self._folder = None
 
     def __enter__(self) -> Self:
@@ -265,6 +267,38 @@ def _shield() -> None:
     """In a new process: never see the job's signals, nor let its children see them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_JOB)
     die_with_parent()
+
+
+def _new_folder(temporary: Path) -> tuple[Path, int]:
+    """A folder and its lock, which goes with this process; those without an owner are removed."""
+    gate = os.open(temporary / f"pbkd-{os.getuid()}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        _remove_abandoned(temporary)
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary))
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        os.close(gate)
+    return folder, lock
+
+
+def _remove_abandoned(temporary: Path) -> None:
+    """Remove what jobs left that were killed on this machine: nobody holds the locks of their folders."""
+    for folder in temporary.glob(f"{PREFIX}*"):
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except OSError:
+            continue  # it is gone, or another user's
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            _end_users_of(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
 
 
 def _end_users_of(folder: Path) -> None:
