@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -68,10 +69,9 @@ class LiveDisplay:
     def progress(self, node: Node, row: Mapping[str, Any]) -> None:
         """Move its bar."""
         if node.name in self._bars:
-            stage = node.stage
-            by_steps = isinstance(stage, TrainingStage) and stage.steps is not None
+            done = row["step" if _is_by_steps(node) else "epoch"]
             self._progress.update(
-                self._bars[node.name], completed=row["step"] if by_steps else row["epoch"], note=_note(row)
+                self._bars[node.name], completed=done, note=f"epoch {row['epoch']:g}  {_losses(row)}"
             )
 
     def finished(self, node: Node, outcome: Outcome, manifest: Manifest) -> None:
@@ -83,10 +83,12 @@ class LiveDisplay:
 
 
 class PlainDisplay:
-    """One line for every finished stage, readable in a log file."""
+    """Readable in a log file: a line for every finished stage, and now and then how one gets on."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, seconds: float = 30.0) -> None:
+        """Print how a stage gets on at most every so many seconds."""
+        self._console, self._seconds = console, seconds
+        self._printed: dict[str, float] = {}  # when something was printed of a stage that runs, by its name
 
     def __enter__(self) -> Self:
         return self
@@ -97,10 +99,19 @@ class PlainDisplay:
         pass
 
     def started(self, node: Node) -> None:
-        """Nothing: its end is what counts."""
+        """Nothing, unless it takes long."""
+        self._printed[node.name] = time.monotonic()
 
     def progress(self, node: Node, row: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Print it if nothing was printed of the stage for a while."""
+        now = time.monotonic()
+        if now - self._printed.setdefault(node.name, now) >= self._seconds:
+            self._printed[node.name] = now
+            length = _length(node)
+            end = f" of {length:g}" if length else ""
+            unit = "step" if _is_by_steps(node) else "epoch"
+            line = f"{node.name:<24} {node.stage.kind:<10} {unit} {row[unit]:g}{end}  {_losses(row)}"
+            self._console.print(line.rstrip(), soft_wrap=True)
 
     def finished(self, node: Node, outcome: Outcome, manifest: Manifest) -> None:
         """Print its line."""
@@ -114,12 +125,17 @@ def _length(node: Node) -> float | None:
     return float(stage.steps if stage.steps is not None else stage.epochs or 0) or None
 
 
-def _note(row: Mapping[str, Any]) -> str:
-    note = f"epoch {row['epoch']:g}"
-    for name, label in (("train_loss", "loss"), ("val_accuracy", "val %")):
-        if name in row:
-            note += f"  {label} {row[name]:.3g}" if name == "train_loss" else f"  {label} {row[name]:.2f}"
-    return note
+def _is_by_steps(node: Node) -> bool:
+    return isinstance(node.stage, TrainingStage) and node.stage.steps is not None
+
+
+def _losses(row: Mapping[str, Any]) -> str:
+    found = []
+    if "train_loss" in row:
+        found.append(f"loss {row['train_loss']:.3g}")
+    if "val_accuracy" in row:
+        found.append(f"val % {row['val_accuracy']:.2f}")
+    return "  ".join(found)
 
 
 def _line(node: Node, outcome: Outcome, manifest: Manifest) -> str:

@@ -23,7 +23,7 @@ import torch
 from pbkd.errors import StageError, UserError
 from pipelines.exhaustion import MORE_MEMORY, exhaustion
 from pipelines.jobs import GaveUp, Job, carry_out
-from pipelines.recipe import Compute
+from pipelines.recipe import Compute, cores
 from pipelines.signals import SIGNALS
 from pipelines.store import Store
 
@@ -50,10 +50,9 @@ def require_machine(compute: Compute) -> None:
     """Raise UserError if jobs are to run on this machine and can not."""
     if compute.executor == "ray" and "RAY_ADDRESS" in os.environ:
         return
-    cores = os.cpu_count() or 1
-    if compute.workers > cores:
+    if compute.workers > cores():
         raise UserError(
-            f"compute.workers={compute.workers}: this machine has {cores} CPU cores; ask for no more"
+            f"compute.workers={compute.workers}: this machine has {cores()} CPU cores; ask for no more"
         )
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -71,11 +70,11 @@ def open_executor(compute: Compute, store: Store) -> Executor:
     return RayExecutor(compute, store)
 
 
-def concurrency(compute: Compute, cores: int) -> int:
-    """How many jobs run at the same time on `cores` CPU cores."""
+def concurrency(compute: Compute, available: int) -> int:
+    """How many jobs run at the same time on so many CPU cores."""
     if compute.concurrency != "auto":
         return compute.concurrency
-    return max(1, cores // (compute.workers * compute.worker_threads))
+    return max(1, available // (compute.workers * compute.worker_threads))
 
 
 class InProcessExecutor:
@@ -98,7 +97,7 @@ class LocalExecutor:
     """Each job in fresh processes of this machine, one a rank. A process that dies is started again."""
 
     def __init__(self, compute: Compute) -> None:
-        self.concurrency = concurrency(compute, os.cpu_count() or 1)
+        self.concurrency = concurrency(compute, cores())
         self._attempts = compute.max_failures + 1
         self._processes: set[SpawnProcess] = set()
         self._is_closed = False

@@ -372,7 +372,7 @@ def stage_key(
         "seed": seed,
         "precision": compute.precision,
         "channels_last": compute.channels_last,
-        "world_size": compute.workers,
+        "world_size": compute.world_size,
         "threads": compute.worker_threads,
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -65,13 +65,16 @@ class GaveUp(Exception):  # noqa: N818 - not an error of its own
     """A job that trying again would not mend: `failure` has the reason, or the lease was lost."""
 
 
-def carry_out(job: Job, rank: int = 0) -> None:
-    """Run the unfinished stages of `job` as rank `rank`; with several ranks, the process group is there.
+def carry_out(job: Job, rank: int = 0, world: int | None = None) -> None:
+    """Run the unfinished stages of `job` as rank `rank` of `world`, if that is not what the job says.
+
+    With several ranks, the process group is there.
 
     Raises:
         GaveUp: a stage failed, and left the reason in its work folder; or it belongs to another run now.
     """
     compute = job.compute
+    world = world or compute.workers
     torch.set_num_threads(compute.worker_threads)
     keep_freed_memory()
     store = Store(job.store)
@@ -85,8 +88,8 @@ def carry_out(job: Job, rank: int = 0) -> None:
         try:
             data = data or open_data(job.data, job.data_digest, store.root / "cache")
             with Guard(item.lease, compute.watchdog_seconds) as guard, _warnings_to(work, rank):
-                _carry_out(store, job, item, data, rank, guard)
-            _barrier(compute.workers)
+                _carry_out(store, job, item, data, rank, world, guard)
+            _barrier(world)
         except (Fenced, Stopped) as error:
             raise GaveUp from error
         except (UserError, StageError) as error:
@@ -99,14 +102,16 @@ def carry_out(job: Job, rank: int = 0) -> None:
             raise GaveUp from error
 
 
-def _carry_out(store: Store, job: Job, item: StageJob, data: Data, rank: int, guard: Guard) -> None:
+def _carry_out(
+    store: Store, job: Job, item: StageJob, data: Data, rank: int, world: int, guard: Guard
+) -> None:
     """Run one stage and, as rank 0, publish it."""
     compute = job.compute
     session = LocalSession(
         store.work(item.key),
         _device(compute),
         rank,
-        compute.workers,
+        world,
         compute.checkpoint_seconds,
         lambda: guard.step() and rank == 0,  # whose state is kept; without it the others cannot go on
         compute.checkpoint_steps,
@@ -204,7 +209,7 @@ def _publish(store: Store, job: Job, item: StageJob, result: StageResult, second
         compute={
             "precision": job.compute.precision,
             "channels_last": job.compute.channels_last,
-            "world_size": job.compute.workers,
+            "world_size": job.compute.world_size,
             "threads": job.compute.worker_threads,
             "batch_size": job.data.batch_size,
             "data_loader": job.data.loader,

@@ -58,13 +58,15 @@ class RayExecutor:
         from ray.train.torch import TorchTrainer
 
         folder = self._store.root / "ray"
+        fewest, most = job.compute.fewest_workers, job.compute.workers
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
-                num_workers=job.compute.workers,
+                num_workers=(fewest, most) if fewest < most else most,  # type: ignore[arg-type]
                 use_gpu=self._use_gpu,
                 resources_per_worker=self._resources,
+                placement_strategy=job.compute.placement.upper(),
             ),
             run_config=RunConfig(
                 name=name,
@@ -92,9 +94,9 @@ def worker_resources(compute: Compute) -> dict[str, float]:
     """What one worker asks of the cluster that this process has joined."""
     import ray
 
-    has_gpus = ray.cluster_resources().get("GPU", 0.0) >= compute.workers
+    has_gpus = ray.cluster_resources().get("GPU", 0.0) >= compute.fewest_workers * compute.gpus_per_worker
     use_gpu = compute.device == "cuda" or (compute.device == "auto" and has_gpus)
-    return {"CPU": float(compute.worker_threads)} | ({"GPU": 1.0} if use_gpu else {})
+    return {"CPU": float(compute.worker_threads)} | ({"GPU": compute.gpus_per_worker} if use_gpu else {})
 
 
 def connect(store: Store, compute: Compute) -> None:
@@ -170,19 +172,20 @@ def places(wish: dict[str, float]) -> int:
 
 
 def require_room(compute: Compute, per_worker: dict[str, float]) -> None:
-    """Refuse what would wait for ever: a worker needs a node, and all workers run at the same time."""
+    """Refuse what would wait for ever: a worker needs a node, and the fewest run at the same time."""
     import ray
 
     room = places(per_worker)
-    if room >= compute.workers:
+    if room >= compute.fewest_workers:
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    key = "workers" if compute.min_workers is None else "min_workers"
     wish = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
     there = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in per_worker)
-    cure = "set compute.device=auto" if "GPU" in per_worker else "lower compute.workers or compute.threads"
+    cure = "set compute.device=auto" if "GPU" in per_worker else f"lower compute.{key} or compute.threads"
     raise UserError(
-        f"compute.workers={compute.workers}: each worker needs {wish} on one node; there is room for {room}\n"
-        f"the Ray cluster has {there} on {len(nodes)} nodes; {cure}"
+        f"compute.{key}={compute.fewest_workers}: each worker needs {wish} on one node; "
+        f"there is room for {room}\nthe Ray cluster has {there} on {len(nodes)} nodes; {cure}"
     )
 
 
@@ -191,9 +194,9 @@ def _worker(config: dict[str, Any]) -> None:
 
     job: Job = config["job"]
     try:
-        carry_out(job, get_context().get_world_rank())
+        carry_out(job, get_context().get_world_rank(), get_context().get_world_size())
     except GaveUp:
-        if job.compute.workers > 1:
+        if get_context().get_world_size() > 1:
             raise  # the other ranks wait for this one: Ray has to end the group
 
 

@@ -7,11 +7,19 @@ import os
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
@@ -27,13 +35,22 @@ SMOKE_BATCH = 32
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
+def cores() -> int:
+    """CPU cores that this process may use: Slurm's share of a node, or what the kernel allows."""
+    return int(os.environ.get("SLURM_CPUS_ON_NODE", "0")) or len(os.sched_getaffinity(0))
+
+
 class Compute(Precision):
     """Where and how stages run.
 
     Attributes:
         executor: `ray`: every stage is a fault-tolerant Ray Train job; `local`: on this machine, without Ray.
         workers: processes that train a stage together; changes the numbers.
-        threads: CPU threads of each worker; `auto`: the cores of this machine shared among `workers`.
+        min_workers: go on with as few, rather than wait, where nodes come and go; null: never with fewer than
+            `workers`. How many there were at which step is chance, so such a result cannot be repeated.
+        gpus_per_worker: where stages run on GPUs; 0.5: two workers share one.
+        placement: `pack`: workers on as few nodes as hold them; `spread`: on as many.
+        threads: CPU threads of each worker; `auto`: the cores this process may use, shared among `workers`.
         device: `auto` takes CUDA where it is.
         precision, channels_last: see `pbkd.engine.Precision`.
         fuse: give a chain of stages to one job; `auto`: those shorter than the start of a job.
@@ -47,6 +64,9 @@ class Compute(Precision):
 
     executor: Literal["ray", "local"] = "ray"
     workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    gpus_per_worker: float = Field(default=1.0, gt=0.0, le=1.0)
+    placement: Literal["pack", "spread"] = "pack"
     threads: PositiveInt | Literal["auto"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     fuse: bool | Literal["auto"] = "auto"
@@ -60,7 +80,25 @@ class Compute(Precision):
     @property
     def worker_threads(self) -> int:
         """`threads`, resolved."""
-        return max(1, (os.cpu_count() or 1) // self.workers) if self.threads == "auto" else self.threads
+        return max(1, cores() // self.workers) if self.threads == "auto" else self.threads
+
+    @property
+    def world_size(self) -> int | list[int]:
+        """What of the number of workers is part of a stage's key: of elastic ones the range."""
+        return self.workers if self.min_workers is None else [self.min_workers, self.workers]
+
+    @property
+    def fewest_workers(self) -> int:
+        """Without so many, a stage waits."""
+        return self.workers if self.min_workers is None else self.min_workers
+
+    @model_validator(mode="after")
+    def _elastic_needs_ray(self) -> Self:
+        if self.min_workers is not None and self.executor != "ray":
+            raise ValueError("min_workers needs executor=ray: processes of this machine do not come and go")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
+        return self
 
 
 class Tracking(Settings):
