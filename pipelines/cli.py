@@ -74,7 +74,7 @@ def run(
     from rich.console import Console
 
     from pipelines.display import LiveDisplay, LogLines, PlainDisplay, result_table
-    from pipelines.executors import require_machine
+    from pipelines.executors import require_lasting, require_machine
     from pipelines.graph import require_keys
     from pipelines.recipe import load_recipe
     from pipelines.run import run_pipeline
@@ -91,6 +91,7 @@ def run(
             require_keys(graph)
             if opened is None:  # made only now: a mistake leaves nothing behind
                 require_machine(graph.recipe.compute)
+                require_lasting(store)
                 opened = Store(store)
             display = LiveDisplay(console, graph) if console.is_terminal else PlainDisplay(console)
             # Stdout is for the result: Ray prints there, whatever it is told, that a worker has died.

@@ -30,6 +30,8 @@ from pipelines.store import Store
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
+SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""In the environment of what `ray job submit` runs."""
 GAVE_UP = 3
 """Exit code of a process that would fail again."""
 
@@ -57,6 +59,16 @@ def require_machine(compute: Compute) -> None:
     if compute.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "compute.device=cuda: this machine has no GPU that torch can use; set compute.device=auto"
+        )
+
+
+def require_lasting(store: str) -> None:
+    """Raise UserError if `store` would lie in the copy of a folder that Ray makes for one submitted job."""
+    if SUBMITTED_JOB in os.environ and "://" not in store and not Path(store).expanduser().is_absolute():
+        raise UserError(
+            f"store {store}: would lie in Ray's copy of the working directory, which goes with the job\n"
+            "name one that all nodes see: --store /shared/runs, or PBKD_STORE among the env_vars of the "
+            "job's runtime environment"
         )
 
 
