@@ -67,13 +67,14 @@ class Submission:
             UserError: it can not.
         """
         allocation = self.allocation
+        minutes = allocation.minutes  # tells what is wrong with it
         if self.executor != "slurm":
             if allocation.nodes > 1:
                 raise UserError(
                     f"--nodes {allocation.nodes}: --executor {self.executor} has this machine alone"
                 )
             return []
-        _check_partition(allocation)
+        _check_partition(allocation, minutes)
         kind = _file_system(self.jobs)
         if kind in MEMORY_FILE_SYSTEMS:
             raise UserError(
@@ -178,7 +179,7 @@ class Submission:
         return [*([f"--cpus-per-task={cpus}"] if cpus else []), *self.allocation.srun]
 
 
-def _check_partition(allocation: Allocation) -> None:
+def _check_partition(allocation: Allocation, minutes: int) -> None:
     """Compare what is asked for with what the cluster has."""
     there = {partition.name: partition for partition in scheduler.partitions()}
     names = ", ".join(there) or "none"
@@ -192,7 +193,7 @@ def _check_partition(allocation: Allocation) -> None:
     partition = there[chosen]
     if allocation.nodes > partition.nodes:
         raise UserError(f"--nodes {allocation.nodes}: partition {chosen} has {partition.nodes}")
-    if partition.minutes is not None and allocation.minutes > partition.minutes:
+    if partition.minutes is not None and minutes > partition.minutes:
         raise UserError(
             f"--time {allocation.time}: partition {chosen} allows {partition.minutes} minutes\n"
             "ask for no more: at its end the job keeps its state and is requeued"

@@ -1,4 +1,4 @@
-"""What holds for all tests: those that need FFCV are skipped without it, and the summary says so."""
+"""What holds for all tests: those that need FFCV or a Slurm are skipped without, and the summary says why."""
 
 from importlib.util import find_spec
 
@@ -6,6 +6,7 @@ import pytest
 
 HAS_FFCV = find_spec("ffcv") is not None
 REASON = "FFCV is not installed: make ffcv"
+NO_SLURM = "no Slurm could be started: "
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,7 +16,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [report for report in terminalreporter.getreports("skipped") if REASON in str(report.longrepr)]
-    if skipped:
-        terminalreporter.section("FFCV", red=True)
-        terminalreporter.line(f"{len(skipped)} tests SKIPPED. {REASON}", red=True)
+    skipped = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
+    for title, reason in (("FFCV", REASON), ("SLURM", NO_SLURM)):
+        if found := [text for text in skipped if reason in text]:
+            why = found[0][found[0].index(reason) :].rstrip("')")
+            terminalreporter.section(title, red=True)
+            terminalreporter.line(f"{len(found)} tests SKIPPED. {why}", red=True)

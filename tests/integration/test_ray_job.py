@@ -128,7 +128,7 @@ def submit(cluster: Cluster, store: Path | None, *words: str) -> subprocess.Comp
 
 def test_a_stopped_job_keeps_its_state_and_the_next_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     store = with_database(tmp_path / "runs")
-    print('submit', flush=True)
+    print("submit", flush=True)
     submitted = submit(cluster, store, "--no-wait", "--submission-id", "first")
     assert submitted.returncode == 0, submitted.stderr
     until(lambda: len(cluster.steps()) > 20, "steps")

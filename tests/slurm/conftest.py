@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 
 from benchmarks.slurm_lab import SlurmLab, why_not
-
-SKIPPED = "no Slurm could be started: "
+from tests.conftest import NO_SLURM
 
 
 @pytest.fixture(scope="session")
 def lab() -> Iterator[SlurmLab]:
     if (reason := why_not()) is not None:
-        pytest.skip(SKIPPED + reason)
+        pytest.skip(NO_SLURM + reason)
     slurm = SlurmLab()
     try:
         slurm.start()
     except RuntimeError as error:
-        pytest.skip(SKIPPED + str(error))
+        pytest.skip(NO_SLURM + str(error))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in slurm.environment.items():
             patch.setenv(name, value)
@@ -35,4 +34,4 @@ def lab() -> Iterator[SlurmLab]:
 def store(lab: SlurmLab, tmp_path: Path) -> Iterator[Path]:
     """A store that all nodes see; after the test the queue is empty, whatever happened."""
     yield tmp_path / "runs"
-    lab.ask("scancel", "--user=root", "--full")
+    lab.ask("scancel", "--user=root")

@@ -1,0 +1,121 @@
+"""`pbkd slurm` on a real Slurm of two nodes: what a user gets, what happens to jobs, what is told before."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.slurm_faults import Bench, Job, cancelled, submitted_twice, suffer
+from benchmarks.slurm_lab import SlurmLab
+from pipelines.cli import main
+from tests.integration.pbkd_process import ROOT, SMALL, digests, run
+
+DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
+
+
+@pytest.fixture(scope="session")
+def bench(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(lab, tmp_path_factory.mktemp("bench"))
+
+
+def test_two_nodes_give_the_weights_of_two_processes_here_and_nothing_is_left(
+    bench: Bench, tmp_path: Path
+) -> None:
+    settings = ["smoke=true", "compute.workers=2", "compute.fuse=true"]
+    here = run(DIGITS, *settings, "compute.executor=local", "--store", tmp_path / "here")
+    store = bench.store()
+    job = Job(bench, store, *settings, "compute.placement=spread", recipe=DIGITS)
+    end = job.wait()
+    assert end["code"] == 0, job.pbkd("logs", job.id, "--store", store)
+    made = {path.stem: json.loads(path.read_bytes())["digest"] for path in store.glob("manifests/*.json")}
+    assert made == {stage["key"]: stage["digest"] for stage in here["stages"]}
+    assert set(digests(here).values()) == set(made.values())
+    assert len(job.workers()) > 1, "both nodes trained"
+    assert job.is_clean()
+    steps = len(job.steps())
+
+    again = Job(bench, store, *settings, recipe=DIGITS)  # finished: it ends at once
+    assert again.wait()["code"] == 0
+    assert len(again.steps()) == steps
+    assert again.is_clean()
+
+
+def test_a_time_limit_and_a_preemption_lose_no_step(bench: Bench) -> None:
+    outcome = suffer(bench, "time_limit", "preemption")
+    assert outcome.survived and outcome.restarts == 2
+    assert outcome.steps_repeated == 0, "each began at the very step it had come to"
+
+
+def test_a_job_that_was_cancelled_is_not_requeued_and_the_next_goes_on(bench: Bench) -> None:
+    outcome = cancelled(bench)
+    assert outcome.survived
+    assert outcome.steps_repeated == 0
+
+
+def test_two_jobs_of_one_recipe_train_it_once(bench: Bench) -> None:
+    outcome = submitted_twice(bench)
+    assert outcome.survived
+    assert outcome.steps_repeated == 0
+
+
+def complaint(capfd: pytest.CaptureFixture[str], *words: object) -> str:
+    """What `pbkd slurm run WORDS` says of a mistake, before anything waits in the queue."""
+    code = main(["slurm", "run", str(SMALL), *map(str, words)])
+    out, err = capfd.readouterr()
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ") and len(err.splitlines()) <= 3 and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--partition", "gpu"], "--partition gpu: unknown; there are: main, urgent"),
+        (["--nodes", 3], "--nodes 3: partition main has 2"),
+        (["--time", 2], "--time 2: too short to start, train and keep the state"),
+        (["--time", "1-0", "--partition", "urgent"], "--time 1-0: partition urgent allows 10 minutes"),
+        (["--time", "soon"], "--time soon: expected minutes, H:MM:SS or D-HH[:MM[:SS]]"),
+        (["sed=1"], "unknown key 'sed'; did you mean 'seed'?"),
+        (["--profile", "a100"], "so there is no profile 'a100'"),
+    ],
+)
+def test_mistakes_are_told_before_submission(
+    words: list[object], said: str, store: Path, lab: SlurmLab, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert said in complaint(capfd, *words, "--store", store)
+    assert not lab.ask("squeue", "--noheader")
+    assert not store.exists()
+
+
+def test_a_store_that_compute_nodes_do_not_see_is_refused(
+    lab: SlurmLab, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert "compute node n1 does not see it" in complaint(
+        capfd, "--store", lab.folder / "login-only" / "runs"
+    )
+
+
+def test_compute_nodes_with_other_packages_are_refused(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other" / "numpy-1.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 1.0\n")
+    profiles = tmp_path / "profiles.yaml"
+    profiles.write_text(f"default: {{setup: ['export PYTHONPATH={other.parent}']}}\n")
+    monkeypatch.setenv("PBKD_SLURM_PROFILES", str(profiles))
+    said = complaint(capfd, "--store", store)
+    assert "compute node n1 has numpy 1.0 instead of" in said
+    profiles.write_text("default: {python: /opt/other/bin/python}\n")
+    assert "compute nodes cannot start Python (/opt/other/bin/python)" in complaint(capfd, "--store", store)
+
+
+def test_without_slurm_it_says_what_to_do(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "slurm", "run", SMALL, "--store", store],
+        cwd=ROOT, env={"PATH": "/nowhere"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert "this machine is no login node of a Slurm cluster" in found.stderr
