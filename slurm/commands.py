@@ -93,16 +93,12 @@ def run(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    epilog="Example: pbkd slurm tune SPACE --nodes 2 --time 240",
+    epilog="Example: pbkd slurm tune joint pipelines/recipes/digits.yaml --trials 8 --nodes 2 --time 240",
 )
 def tune(
     context: typer.Context,
-    space: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SPACE", help="What `pbkd tune` takes; so are all options that are not listed here."
-        ),
-    ],
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="As of `pbkd tune`.")],
+    recipe: RecipePath,
     nodes: Nodes = None,
     cpus_per_node: Cpus = None,
     gpus_per_node: Gpus = None,
@@ -118,11 +114,16 @@ def tune(
     follow: Follow = False,
     json_: Machine = False,
 ) -> None:
-    """Search in an allocation: `pbkd tune`, in a Ray cluster over its nodes."""
+    """Search in an allocation: `pbkd tune`, in a Ray cluster over its nodes.
+
+    Overrides and options that are not listed here are those of `pbkd tune`, which gets them as they are.
+    """
+    files = [Path(word).absolute() for word in (space, str(recipe)) if Path(word).is_file()]
+    overrides = [word for word in context.args if "=" in word and not word.startswith("-")]
     _launch(
-        [["tune", str(space), *context.args]],
-        space.stem,
-        [space.absolute()],
+        [["tune", space, str(recipe), *context.args]],
+        f"tune-{_recipe_name(recipe, overrides, None)}",
+        files,
         store,
         _allocation(profile, nodes, cpus_per_node, gpus_per_node, mem, partition, time, account, qos),
         executor,
