@@ -149,8 +149,12 @@ def _digest(spec: object, weights: str) -> str:
     return hashlib.sha256(json.dumps([FORMAT, spec, weights], sort_keys=True).encode()).hexdigest()
 
 
+def probe_input(spec: AnySpec) -> torch.Tensor:
+    """The seeded input (1, C, H, W) whose first logits are stored with every artifact, in `spec.json`."""
+    return torch.randn(1, *spec.input_shape, generator=torch.Generator().manual_seed(PROBE_SEED))
+
+
 @torch.inference_mode()
 def _probe(network: BlockNetwork) -> list[float]:
-    generator = torch.Generator().manual_seed(PROBE_SEED)
-    logits = network(torch.randn(1, *network.spec.input_shape, generator=generator))
+    logits = network(probe_input(network.spec))
     return [float(value) for value in logits[0, :16]]

@@ -96,7 +96,7 @@ def run(
             display = LiveDisplay(console, graph) if console.is_terminal else PlainDisplay(console)
             # Stdout is for the result: Ray prints there, whatever it is told, that a worker has died.
             with redirect_stdout(sys.stderr), display:
-                result = run_pipeline(graph, opened, display)
+                result = run_pipeline(graph, opened, display, with_report=not json_)
     except Stop as stop:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(stop.code) from None
@@ -109,8 +109,10 @@ def run(
     out.print(f"\nstudent: {opened.artifact_location(student.artifact)}", soft_wrap=True)
     is_default = store == os.environ.get("PBKD_STORE", DEFAULT_STORE)
     where = "" if is_default else f" --store {store}"
-    commands = ("pbkd ui", f"pbkd lineage {student.key[:12]}", f"pbkd export {student.key[:12]}")
+    commands = (f"pbkd lineage {student.key[:12]}", f"pbkd export {student.key[:12]}")
     out.print("next:    " + "    ".join(command + where for command in commands), soft_wrap=True)
+    out.print(f"report:  {result.report}", soft_wrap=True)
+    out.print(f"MLflow:  pbkd ui{where}", soft_wrap=True)
 
 
 @app.command(epilog="Example: pbkd plan pipelines/recipes/cifar100_vgg16.yaml")
@@ -195,16 +197,21 @@ def report(
     allow_import: AllowImport = False,
     json_: Machine = False,
 ) -> None:
-    """Write one HTML page about a pipeline: results, figures, lineage. It needs no network to be read."""
+    """Write one HTML page about a pipeline: results, figures, lineage. It needs no network to be read.
+
+    The figures lie beside it as PNG files. `pbkd ui` shows both in MLflow too.
+    """
     from pbkd.errors import UserError
     from pipelines.reporting.facts import gather
     from pipelines.reporting.page import compose
-    from pipelines.reporting.write import write
+    from pipelines.reporting.write import leave_report, write
 
     opened = _required(store)
     identity, command = _reported(which, overrides or [], opened)
-    facts = gather(opened, identity)
-    written = write(compose(facts, command), out or opened.pipeline(identity) / "report.html")
+    if out is None:
+        written = leave_report(opened, identity, command)
+    else:
+        written = write(compose(gather(opened, identity), command), out)
     page, figures = str(written.page), [str(figure) for figure in written.figures]
     typer.echo(json.dumps({"path": page, "pipeline": identity, "figures": figures}) if json_ else page)
     if open_ and not webbrowser.open(written.page.as_uri()):

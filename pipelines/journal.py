@@ -49,3 +49,9 @@ class Journal:
             if isinstance(record, dict):
                 records.append(record)
         return records, after_offset + len(complete)
+
+
+def latest_report(journal: Journal) -> Record | None:
+    """The record of the latest report that was made of the pipeline, if there is one."""
+    records, _ = journal.read()
+    return next((record for record in reversed(records) if record.get("type") == "report"), None)

@@ -4,14 +4,16 @@ Everything is looked up before it is made: writing a journal again, from its beg
 """
 
 import logging
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.journal import Record
 from pipelines.mlflow_values import final_metrics, flatten, log_run
 from pipelines.registry import register
-from pipelines.stage_runs import StageRuns
-from pipelines.store import Store
+from pipelines.stage_runs import StageRun, StageRuns
+from pipelines.store import Manifest, Store
 from pipelines.views import EXPERIMENT_TAGS, HEADLINE, headline_params
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REPORTED = "pbkd.report"  # tag: the digest of the report that a pipeline's run has
 RUN_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -35,8 +38,10 @@ class Projection:
         self._trial: Record | None = None
         self._stages: StageRuns
         self._run: Run
+        self._own: StageRun
+        self._reported: str | None = None
 
-    def apply(self, records: Iterable[Record]) -> None:
+    def apply(self, records: Sequence[Record]) -> None:
         """Write `records`; progress is gathered, calls to MLflow being slow."""
         for record in records:
             kind = record.get("type")
@@ -54,8 +59,11 @@ class Projection:
                 self._latency(record)
             elif kind == "ended":
                 self._ended(record)
+        reports = [record for record in records if record.get("type") == "report"]
         if self._pipeline:
             self._stages.write_rows()
+            if reports:
+                self._report(reports[-1])  # the files of those before it are overwritten
 
     def ids(self) -> dict[str, Any]:
         """Return what `tracking.json` keeps, for those who look a run up without MLflow."""
@@ -91,6 +99,7 @@ class Projection:
                 tags |= {"mlflow.parentRunId": parent.info.run_id}
                 name = f"trial {self._trial['number']}"
             self._run = self._client.create_run(experiment_id, _milliseconds(record), tags, name)
+        self._own, self._reported = StageRun.of(self._run), self._run.data.tags.get(REPORTED)
         facts = {name: record.get(name) for name in ("teacher", "student", "baselines")}
         if self._trial is not None:  # the searched keys alone: they are what its runs are compared by
             facts = {key: value for key, value in self._trial["params"].items() if value is not None}
@@ -124,9 +133,30 @@ class Projection:
             metrics = {"teacher_accuracy": manifest.metrics.get("test_accuracy")}
         tags = {f"pbkd.stage.{record['name']}": stage.run_id}
         log_run(self._client, run_id, final_metrics(metrics, manifest), params, tags)
+        self._link(role, manifest, stage)
         if role in ("student", "baseline") and self._trial is None:
             assert stage.model_id is not None, "a complete stage has a model"
-            register(self._client, self._pipeline["name"], role, manifest, stage.run_id, stage.model_id)
+            register(
+                self._client,
+                self._store,
+                self._pipeline["name"],
+                record["name"],
+                role,
+                manifest,
+                stage.run_id,
+                stage.model_id,
+            )
+
+    def _link(self, role: str, manifest: Manifest, stage: StageRun) -> None:
+        """Show on the pipeline's own page what it began with and what came of it: the data, the student."""
+        from mlflow.entities import LoggedModelOutput
+
+        if role == "teacher" and not self._own.has_inputs and (datasets := self._stages.datasets(manifest)):
+            self._client.log_inputs(self._own.run_id, datasets)
+            self._own.has_inputs = True
+        if role == "student" and self._own.model_id is None:
+            self._client.log_outputs(self._own.run_id, [LoggedModelOutput(str(stage.model_id), 0)])
+            self._own.model_id = stage.model_id
 
     def _latency(self, record: Record) -> None:
         self._stages.write_latencies(record["key"], record.get("latencies") or {}, _milliseconds(record))
@@ -146,6 +176,28 @@ class Projection:
             log_run(self._client, self._run.info.run_id, metrics, tags=tags)
         self._stages.end_unfinished("FAILED" if status == "FAILED" else "KILLED", _milliseconds(record))
         self._client.set_terminated(self._run.info.run_id, status, _milliseconds(record))
+
+    def _report(self, record: Record) -> None:
+        """Give the pipeline's run the page and the figures, unless it has them, and its description."""
+        run_id, records = self._run.info.run_id, self._store.records(self._pipeline["id"])
+        if self._reported == record["digest"]:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                for name in record["files"]:
+                    copy = Path(folder, name)
+                    copy.parent.mkdir(exist_ok=True)
+                    copy.write_bytes(records.read(name))
+                self._client.log_artifacts(run_id, folder)
+            except FileNotFoundError as error:
+                log.warning("the report is left out of MLflow: %s is gone", error.filename)
+                return
+            except PermissionError as error:  # a server whose artifacts lie where only it can write
+                log.warning("the report is left out of MLflow: its artifacts cannot be written: %s", error)
+                return
+        tags = {"mlflow.note.content": record["summary"], REPORTED: record["digest"]}
+        log_run(self._client, run_id, tags=tags)
+        self._reported = record["digest"]
 
     def _name(self, record: Record) -> str:
         """Tell the stages what the recipe calls a key; return the part it plays there."""

@@ -1,19 +1,34 @@
 """The model registry: students and baselines of a recipe, a version an artifact, the best as champion."""
 
+import logging
 import math
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.store import Manifest
+from pbkd.errors import UserError
+from pipelines.model_files import write_model_files
+from pipelines.quantities import human
+from pipelines.store import Manifest, Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
+log = logging.getLogger(__name__)
+
 CHAMPION = "champion"
 
 
 def register(
-    client: "MlflowClient", recipe: str, role: str, manifest: Manifest, run_id: str, model_id: str
+    client: "MlflowClient",
+    store: Store,
+    recipe: str,
+    stage: str,
+    role: str,
+    manifest: Manifest,
+    run_id: str,
+    model_id: str,
 ) -> None:
     """Make the artifact a version of the registered model `recipe`, unless it is, and choose the champion.
 
@@ -28,7 +43,9 @@ def register(
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         model = client.create_registered_model(
-            recipe, description=f"Students and baselines of recipe {recipe}."
+            recipe,
+            description=f"Students that recipe `{recipe}` made, and baselines to compare them with. "
+            f"A version is an artifact; `@{CHAMPION}` is the student with the best validation accuracy.",
         )
     versions = {
         version.tags.get("pbkd.artifact", ""): version
@@ -36,6 +53,7 @@ def register(
     }
     version = versions.get(manifest.artifact)
     if version is None:
+        _add_example(client, store, manifest, run_id, model_id)
         # The artifact lies in the store, which a server may not see: the logged model stands for it.
         version = client.create_model_version(
             recipe,
@@ -44,6 +62,7 @@ def register(
             tags=_tags(manifest, role),
             await_creation_for=0,
             model_id=model_id,
+            description=_description(manifest, stage, role),
         )
     elif role == "student" and version.tags.get("pbkd.role") != role:
         client.set_model_version_tag(recipe, version.version, "pbkd.role", role)
@@ -54,6 +73,35 @@ def register(
         best = max(students, key=_merit)
         if str(model.aliases.get(CHAMPION)) != str(best.version):
             client.set_registered_model_alias(recipe, CHAMPION, best.version)
+
+
+def _description(manifest: Manifest, stage: str, role: str) -> str:
+    """A version in a few lines of Markdown: what it is, how good, how small, where it came from."""
+    metrics = manifest.metrics
+    accuracy, ratio = metrics.get("test_accuracy"), metrics.get("macs_ratio")
+    said = f"The {role} `{stage}` ({manifest.kind})"
+    if accuracy is not None:
+        said += f": {accuracy:.2f} % on the test set"
+    if ratio is not None:
+        said += f", {human(metrics.get('macs'))} multiply-accumulates, {ratio:.2f}x fewer than its teacher's"
+    return (
+        f"{said}.\n\n"
+        f"* lineage: `pbkd lineage {manifest.artifact[:12]}`\n"
+        f"* weights: `artifacts/{manifest.artifact}` below the store\n"
+        f"* data: sha256 `{manifest.data_digest}`"
+    )
+
+
+def _add_example(
+    client: "MlflowClient", store: Store, manifest: Manifest, run_id: str, model_id: str
+) -> None:
+    """Give the logged model a signature and an input example."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            write_model_files(Path(folder), store.artifact(manifest.artifact), model_id, run_id)
+            client.log_model_artifacts(model_id, folder)
+        except (UserError, PermissionError) as error:  # the artifact is gone, or the server's place not ours
+            log.warning("no input example for %s in MLflow: %s", manifest.artifact[:12], error)
 
 
 def _tags(manifest: Manifest, role: str) -> dict[str, str]:

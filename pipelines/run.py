@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -17,13 +19,15 @@ from pipelines.latency import Latencies, Milliseconds
 from pipelines.store import RECIPE, Manifest, Store
 from pipelines.tracking import Tracker, default_uri, read_ids
 
+log = logging.getLogger(__name__)
+
 MLFLOW_SECONDS = 60.0
 MLFLOW_SECONDS_WHEN_STOPPED = 10.0
 
 
 @dataclass
 class PipelineResult:
-    """What a run leaves: manifests, outcomes and latencies by stage name; ids in MLflow."""
+    """What a run leaves: manifests, outcomes and latencies by stage name; ids in MLflow; its report."""
 
     graph: Graph
     store: Store
@@ -32,10 +36,15 @@ class PipelineResult:
     latencies: dict[str, Milliseconds]
     seconds: float
     ids: dict[str, Any]
+    report: Path | None
 
 
-def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult:
+def run_pipeline(
+    graph: Graph, store: Store, display: Display, *, with_report: bool = False
+) -> PipelineResult:
     """Run what is not finished. Of a run that finds everything finished and recorded, nothing is recorded.
+
+    `with_report`: leave a report in the store at the end, also of a run that fails.
 
     Raises:
         UserError: data or weights are missing, a stage refused what it got, or no machine is large enough.
@@ -53,12 +62,17 @@ def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult
         is_recorded = is_done and _ended_well(journal) and latencies.are_measured(driver.manifests.values())
         tracker = Tracker(graph.recipe.tracking.uri or default_uri(store), store, identity)
         tracker.start()  # with nothing new to record, too: MLflow may have been lost, or not answered
-        patience = MLFLOW_SECONDS
+        patience, report = MLFLOW_SECONDS, None
         try:
             if not is_recorded:
                 recipe = OmegaConf.create(graph.recipe.model_dump(mode="json"))
                 store.records(identity).replace(RECIPE, OmegaConf.to_yaml(recipe).encode())
                 _run(driver, executor, latencies)
+            report = _report(store, identity) if with_report else None
+        except (UserError, StageError):
+            if with_report:
+                _report(store, identity)
+            raise
         except KeyboardInterrupt:
             patience = MLFLOW_SECONDS_WHEN_STOPPED
             raise
@@ -75,6 +89,7 @@ def run_pipeline(graph: Graph, store: Store, display: Display) -> PipelineResult
         latencies={name: latencies.of(manifest) for name, manifest in driver.manifests.items()},
         seconds=time.monotonic() - begun,
         ids={"pipeline_run": None, "stages": {}} | read_ids(store, identity),
+        report=report,
     )
 
 
@@ -99,6 +114,19 @@ def _run(driver: Driver, executor: Executor | None, latencies: Latencies) -> Non
         driver.record("ended", **end)
 
 
+def _report(store: Store, identity: str) -> Path | None:
+    """Leave a report. What goes wrong with that is no reason to call a finished training a failure."""
+    from pipelines.reporting.write import leave_report
+
+    try:
+        return leave_report(store, identity).page
+    except Exception as error:  # noqa: BLE001 - the work is done, and `pbkd report` shows what went wrong
+        log.warning("the report could not be made: %s\ntry it alone: pbkd report %s", error, identity)
+        return None
+
+
 def _ended_well(journal: Journal) -> bool:
+    """Whether the latest run ended, and well; reports may have been made since."""
     records, _ = journal.read()
-    return bool(records) and records[-1].get("status") == "finished"
+    latest = next((record for record in reversed(records) if record.get("type") != "report"), {})
+    return latest.get("status") == "finished"

@@ -12,7 +12,7 @@ from pipelines.views import headline_params
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import DatasetInput, Run
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class StageRuns:
 
     def _write_inputs(self, stage: StageRun, manifest: Manifest) -> dict[str, str]:
         """Link the data set and the models the stage was made from; return tags that say each one's role."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+        from mlflow.entities import LoggedModelInput
 
         tags: dict[str, list[str]] = defaultdict(list)
         models: list[LoggedModelInput] = []
@@ -197,15 +197,21 @@ class StageRuns:
             tags[f"pbkd.input.{given.role}"].append(str(source.model_id))
             if given.role == "from":
                 tags["pbkd.parent_run"].append(source.run_id)
-        datasets = []
-        if manifest.data_digest:
-            source_json = json.dumps({"sha256": manifest.data_digest})
-            dataset = Dataset(self._data_name, manifest.data_digest[:DIGEST_LENGTH], "pbkd", source_json)
-            datasets.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "training")]))
+        datasets = self.datasets(manifest)
         if not stage.has_inputs and (datasets or models):
             self._client.log_inputs(stage.run_id, datasets, models)
             stage.has_inputs = True
         return {name: ", ".join(values) for name, values in tags.items()}
+
+    def datasets(self, manifest: Manifest) -> list["DatasetInput"]:
+        """Return the data a stage was made with as an input of a run, if they are known."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if not manifest.data_digest:
+            return []
+        source = json.dumps({"sha256": manifest.data_digest})
+        dataset = Dataset(self._data_name, manifest.data_digest[:DIGEST_LENGTH], "pbkd", source)
+        return [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
 
     def _model(self, stage: StageRun, manifest: Manifest) -> str:
         name = self.names.get(manifest.key, manifest.kind)

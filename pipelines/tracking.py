@@ -11,8 +11,8 @@ from filelock import FileLock
 
 from pbkd.errors import StageError
 from pbkd.storage import Folder, Storage
-from pipelines.journal import Journal
-from pipelines.projection import Projection
+from pipelines.journal import Journal, latest_report
+from pipelines.projection import REPORTED, Projection
 from pipelines.search_projection import SearchProjection
 from pipelines.store import Store
 
@@ -199,12 +199,16 @@ def replay(uri: str, store: Store) -> list[str]:
                 )
             ]
         ended = [run.data.tags for run in runs if run.info.status != "RUNNING"]
-        complete = {tags.get("pbkd.pipeline") for tags in ended}
+        reported = {tags.get("pbkd.pipeline"): tags.get(REPORTED) for tags in ended}
         searched = {tags.get("pbkd.search") for tags in ended if "pbkd.pipeline" not in tags}
         for name in store.searches():
             if name not in searched:
                 Tracker(uri, store, search=name).project()
-        missing = [name for name in reversed(store.pipelines()) if name not in complete]
+        missing = [
+            name
+            for name in reversed(store.pipelines())
+            if name not in reported or _report_digest(store, name) not in (None, reported[name])
+        ]
         for pipeline_id in missing:
             Tracker(uri, store, pipeline_id).project()
     except Exception as error:  # MLflow, requests and sqlalchemy have no common base
@@ -213,3 +217,11 @@ def replay(uri: str, store: Store) -> list[str]:
             f"MLflow at {uri} cannot be written: {reason}\ncheck the address and the server"
         ) from error
     return missing
+
+
+def _report_digest(store: Store, pipeline_id: str) -> str | None:
+    """Of the latest report that was made of a pipeline, if it is still in the store."""
+    latest, there = latest_report(store.journal(pipeline_id)), store.records(pipeline_id)
+    if latest is None or latest["files"][0] not in there.names():
+        return None
+    return str(latest["digest"])

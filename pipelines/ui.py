@@ -17,14 +17,14 @@ from types import FrameType
 from pbkd.errors import StageError, UserError
 from pipelines.store import Store
 from pipelines.tracking import read_ids, replay
-from pipelines.views import compare_url, view_url
+from pipelines.views import compare_url, run_url, view_url
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
 
 
 def pages(store: Store, server: str) -> dict[str, str]:
-    """Return the pages of the latest pipeline in MLflow: its runs as `table` and `charts`, and `compare`.
+    """Return the pages of the latest pipeline in MLflow: `table` and `charts` of runs, `compare`, `report`.
 
     `server` is the address of the MLflow server. Empty if no pipeline of the store is in MLflow.
     """
@@ -36,6 +36,7 @@ def pages(store: Store, server: str) -> dict[str, str]:
                 "table": view_url(server, ids["experiment_id"], charts=False),
                 "charts": view_url(server, ids["experiment_id"], charts=True),
                 "compare": compare_url(server, ids["experiment_id"], runs),
+                "report": run_url(server, ids["experiment_id"], ids["pipeline_run"]),
             }
     return {}
 
@@ -110,6 +111,7 @@ def _show_pages(store: Store, address: str, show: Callable[[str], None]) -> None
         "table": "runs",
         "charts": "accuracy against MACs",
         "compare": "compare the stages and baselines",
+        "report": "the pipeline, its report and figures",
     }
     for page, url in pages(store, address).items():
         show(f"{titles[page]}: {url}")

@@ -43,6 +43,11 @@ def compare_url(server: str, experiment_id: str, run_ids: list[str]) -> str:
     return f"{server}/#/compare-runs?runs={runs}&experiments={experiments}&{WORKFLOW}"
 
 
+def run_url(server: str, experiment_id: str, run_id: str) -> str:
+    """Return the address of the files of a run."""
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}/artifacts?{WORKFLOW}"
+
+
 def _chart(kind: str, section: str, **settings: Any) -> dict[str, Any]:
     chart = {
         "uuid": f"{section}-{kind}-{settings.get('metricKey')}",

@@ -64,7 +64,7 @@ def test_it_serves_what_the_store_holds_until_it_is_terminated(store: Store) -> 
             line.strip().split(": ", 1) for line in iter(process.stdout.readline, "Ctrl-C ends the server\n")
         )
         server = f"http://127.0.0.1:{port}"
-        assert all(url.startswith(server) for url in lines.values()) and len(lines) == 4
+        assert all(url.startswith(server) for url in lines.values()) and len(lines) == 5
         query = urllib.parse.parse_qs(lines["compare the stages and baselines"].partition("?")[2])
         names = {
             ask(server, f"runs/get?run_id={run_id}")["run"]["info"]["run_name"]
