@@ -31,8 +31,12 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
+from benchmarks.injected import injected
 from benchmarks.marked_processes import MARK, marked_processes
+from pbkd.data import DataSettings
+from pbkd.networks import NetworkSettings, architecture, fresh
 from pipelines.jobs import processor
 from pipelines.tracking import connect
 
@@ -46,33 +50,21 @@ COLUMNS = (
 POLL_SECONDS = 0.02
 LONGEST_SECONDS = 600.0
 WORKERS = {"local": "spawn_main", "ray": "ray::RayTrainWorker"}
-HOOK = '''
-"""Logs each training step of each process; found by Python itself, through PYTHONPATH."""
-import importlib.abc, os, sys
+LOG_STEPS = '''
+import os
 
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "pbkd.engine.loop":
-            return None
-        sys.meta_path.remove(self)
-        from importlib.util import find_spec
-        spec = find_spec(name)
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            execute(module)
-            take_step = module._Training.take_step
-            def logged(training, *arguments):
-                take_step(training, *arguments)
-                size = sum(p.numel() for p in training.trained.parameters())
-                line = f"{os.getpid()} {training.seed} {size} {training.step}\\n".encode()
-                log = os.open(os.environ["PBKD_FAULTS_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-                os.write(log, line)
-                os.close(log)
-            module._Training.take_step = logged
-        spec.loader.exec_module = exec_module
-        return spec
+def change(module):
+    take_step = module._Training.take_step
+    def logged(training, *arguments):
+        take_step(training, *arguments)
+        size = sum(p.numel() for p in training.trained.parameters())
+        line = f"{os.getpid()} {training.seed} {size} {training.step}\\n".encode()
+        log = os.open(os.environ["PBKD_FAULTS_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(log, line)
+        os.close(log)
+    module._Training.take_step = logged
 
-sys.meta_path.insert(0, Finder())
+when_imported("pbkd.engine.loop", change)
 '''
 
 
@@ -91,16 +83,14 @@ class Command:
     def __init__(self, folder: Path, overrides: list[str]) -> None:
         self._mark = uuid.uuid4().hex
         self._log = folder / "steps"
-        hook = folder / "hook"
-        hook.mkdir(exist_ok=True)
-        (hook / "sitecustomize.py").write_text(HOOK)
-        paths = [str(hook), *filter(None, [os.environ.get("PYTHONPATH")])]
-        arguments = ["run", str(RECIPE), *overrides, "--store", str(folder / "runs"), "--json"]
+        recipe = prepared_recipe(folder.parent)
+        arguments = ["run", str(recipe), *overrides, "--store", str(folder / "runs"), "--json"]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.cli", *arguments],
             cwd=ROOT,
             env=os.environ
-            | {MARK: self._mark, "PBKD_FAULTS_LOG": str(self._log), "PYTHONPATH": os.pathsep.join(paths)},
+            | injected(LOG_STEPS, folder / "hook")
+            | {MARK: self._mark, "PBKD_FAULTS_LOG": str(self._log)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -213,6 +203,19 @@ def kill_once(
     finally:
         for started in commands:
             started.end()
+
+
+def prepared_recipe(folder: Path) -> Path:
+    """The recipe, in `folder`, with the weights it begins with beside it; made once."""
+    recipe, weights = folder / RECIPE.name, folder / "given.safetensors"
+    if not recipe.exists():
+        content = OmegaConf.load(RECIPE)
+        settings = NetworkSettings.model_validate(content.stages.given.network)
+        data = DataSettings.model_validate(content.data).describe()
+        save_file(fresh(architecture(settings, data.input_shape, data.num_classes), 0).state_dict(), weights)
+        content.stages.given.weights = str(weights)
+        OmegaConf.save(content, recipe)
+    return recipe
 
 
 def _prepare(folder: Path) -> None:

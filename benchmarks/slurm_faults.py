@@ -30,7 +30,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.faults import HOOK, RECIPE, ROOT
+from benchmarks.faults import LOG_STEPS, ROOT, prepared_recipe
+from benchmarks.injected import injected
 from benchmarks.marked_processes import MARK, marked_processes
 from benchmarks.slurm_lab import SlurmLab
 from pipelines.jobs import processor
@@ -71,7 +72,7 @@ class Bench:
 
     def __init__(self, lab: SlurmLab, folder: Path) -> None:
         """Use a lab that runs."""
-        self.lab, self.folder = lab, folder
+        self.lab, self.folder, self.recipe = lab, folder, prepared_recipe(folder)
         self._database: Path | None = None
         self._expected: dict[str, str] | None = None
 
@@ -90,7 +91,7 @@ class Bench:
         if self._expected is None:
             found = subprocess.run(
                 [
-                    *_PBKD, "run", RECIPE, *TRAINING, "compute.executor=local",
+                    *_PBKD, "run", self.recipe, *TRAINING, "compute.executor=local",
                     "--store", self.store(), "--json",
                 ],
                 cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=LONGEST_SECONDS,
@@ -104,24 +105,22 @@ class Job:
     """A job submitted by `pbkd slurm run`, and every process that comes of it."""
 
     def __init__(
-        self, bench: Bench, store: Path, *arguments: object, recipe: Path = RECIPE, nodes: int = 2
+        self, bench: Bench, store: Path, *arguments: object, recipe: Path | None = None, nodes: int = 2
     ) -> None:
         """Submit it."""
         self._bench, self.store = bench, store
         self._mark = uuid.uuid4().hex
-        hook = store.parent / "hook"
-        hook.mkdir(exist_ok=True)
-        (hook / "sitecustomize.py").write_text(HOOK)
         where = ["--nodes", nodes, "--cpus-per-node", 2 // nodes, "--time", 10, "--store", store]
         environment = {
             MARK: self._mark,
             "PBKD_FAULTS_LOG": str(store.parent / "steps"),
-            "PYTHONPATH": str(hook),
             "PBKD_SLURM_PROFILES": str(_profile(store.parent)),
+            **injected(LOG_STEPS, store.parent / "hook"),
         }
         self._environment = os.environ | bench.lab.environment | environment
         self.submitted_at = time.time()
-        self.id: str = json.loads(self.pbkd("run", recipe, *arguments, *where, "--json"))["jobs"][0]
+        told = self.pbkd("run", recipe or bench.recipe, *arguments, *where, "--json")
+        self.id: str = json.loads(told)["jobs"][0]
 
     def pbkd(self, *words: object) -> str:
         """What `pbkd slurm WORDS` says; raises CalledProcessError if it fails."""
