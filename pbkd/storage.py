@@ -30,9 +30,11 @@ class Storage(Protocol):
     Attributes:
         here: a folder on this machine, for what may be lost with it: copies, caches, logs.
         poll_seconds: how often to look for what others have changed.
+        cure: what to tell a user whose place cannot be used.
     """
 
     poll_seconds: float
+    cure: str
 
     @property
     def here(self) -> Path: ...
@@ -81,6 +83,7 @@ class Folder:
     """A storage in a folder of a file system that has hard links. What is missing is made when written to."""
 
     poll_seconds = 0.2
+    cure = "choose a folder you may write to, on a file system that has hard links: --store DIR"
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -13,8 +13,10 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -170,7 +172,27 @@ def try_acquire(storage: Storage, key: str, owner: Owner | None = None, dead: in
     if newest.number > dead and not newest.released:
         return None
     lease = Lease(place, key, newest.number + 1, uuid.uuid4().hex, owner or Owner.here())
-    return lease if place.create(_name(lease.generation), lease._content()) else None
+    is_ours = place.create(_name(lease.generation), lease._content())
+    # Where old generations are removed, the number may have been free because it was one of them.
+    return lease if is_ours and lease.is_current() else None
+
+
+@contextmanager
+def held(storage: Storage, name: str) -> Iterator[None]:
+    """Hold a lease called `name` while the block runs; whoever else wants it waits. Old generations go."""
+    key = sha256(name.encode()).hexdigest()
+    watcher = LeaseWatcher(storage, key)
+    while (lease := try_acquire(storage, key, dead=watcher.dead())) is None:
+        time.sleep(storage.poll_seconds)
+    try:
+        for older in lease.storage.names():
+            if older < _name(lease.generation):
+                lease.storage.remove(older)
+        with Heartbeat() as heartbeat:
+            heartbeat.add(lease)
+            yield
+    finally:
+        lease.release()
 
 
 def read_newest(place: Storage) -> Generation:

@@ -35,6 +35,7 @@ class ObjectStorage:
     """
 
     poll_seconds = 1.0
+    cure = "choose a bucket you may write to, of a server that has conditional puts: docs/stores.md"
 
     def __init__(self, url: str, prefix: str = "") -> None:
         """Connect to the store at `url`; `prefix`, which ends with a slash, is the part meant of it.
@@ -62,7 +63,7 @@ class ObjectStorage:
         marker = f"{name}/{MARKER}"
         self.create(marker, uuid.uuid4().bytes)
         if self.create(marker, uuid.uuid4().bytes):
-            raise OSError("it overwrites what is there though told not to: it has no conditional puts")
+            raise OSError("it overwrites what is there, though told not to (If-None-Match: *)")
 
     def below(self, name: str) -> ObjectStorage:
         return ObjectStorage(self._url, f"{self._prefix}{name}/")

@@ -99,10 +99,8 @@ class Store:
         except OSError as error:
             for folder in reversed(made):
                 _remove_if_empty(folder)
-            raise UserError(
-                f"store {self.location}: cannot be used: {error.strerror or error}\n"
-                "choose a folder you may write to, on a file system that has hard links: --store DIR"
-            ) from error
+            reason, cure = error.strerror or str(error).partition("\n")[0], self.storage.cure
+            raise UserError(f"store {self.location}: cannot be used: {reason}\n{cure}") from error
 
     @classmethod
     def existing(cls, location: str | Path) -> Self:

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from filelock import FileLock
 from pbkd.errors import StageError
 from pbkd.storage import Folder, Storage
 from pipelines.journal import Journal, latest_report
+from pipelines.lease import held
 from pipelines.projection import REPORTED, Projection
 from pipelines.search_projection import SearchProjection
 from pipelines.store import Store
@@ -33,9 +36,15 @@ def default_uri(store: Store) -> str:
     return f"sqlite:///{store.root / 'mlflow' / 'mlflow.db'}"
 
 
-def tracking_lock(store: Store) -> FileLock:
-    """Return the lock for writing to MLflow: two would race to make the database, or the run of one stage."""
-    return FileLock(store.root / "mlflow" / "tracking.lock")
+@contextmanager
+def tracking_lock(store: Store) -> Iterator[None]:
+    """Let nobody else write to MLflow: two would race to make the database, or the run of one stage."""
+    with FileLock(store.root / "mlflow" / "tracking.lock"):
+        if isinstance(store.storage, Folder):
+            yield  # whoever sees the folder sees the lock
+            return
+        with held(store.storage.below("mlflow"), "tracking"):
+            yield
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -88,6 +97,10 @@ class _Followed:
     projection: Projection | SearchProjection | None = None
     offset: int = 0
 
+    def has_news(self) -> bool:
+        """Whether there is anything to write, as far as it is known."""
+        return self.projection is None or bool(Journal(self.places[-1]).read(self.offset)[0])
+
 
 class Tracker:
     """Projects one pipeline's journal, or a search's and its trials', to the MLflow at `uri`.
@@ -120,13 +133,14 @@ class Tracker:
 
         Returns the ids of the first.
         """
-        with tracking_lock(self._store):
-            for followed in list(self._followed):
-                try:
-                    self._project(followed)
-                except BaseException:
-                    followed.projection = None  # what it had written is unknown: the next looks everything up
-                    raise
+        if news := [followed for followed in self._followed if followed.has_news()]:
+            with tracking_lock(self._store):
+                for followed in news:
+                    try:
+                        self._project(followed)
+                    except BaseException:
+                        followed.projection = None  # what it has written is unknown: the next looks it up
+                        raise
         return _read_ids(self._followed[0].places)
 
     def _project(self, followed: _Followed) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.store import Store
+from pipelines.tracking import connect
 from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until
 from tests.integration.recorded_pipeline import empty_database
 from tests.integration.s3_server import BUCKET, s3_server
@@ -50,12 +51,15 @@ def other(server: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> M
 
 
 @pytest.fixture(scope="module")
-def reports(one: Machine, other: Machine) -> list[dict[str, Any]]:
+def mlflow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One MLflow for all machines."""
+    return empty_database(tmp_path_factory.mktemp("mlflow") / "mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def reports(one: Machine, other: Machine, mlflow: str) -> list[dict[str, Any]]:
     """What two runs said that were begun at once on two machines, of pipelines that share their stages."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        one.open(STORE, monkeypatch)
-        other.open(STORE, monkeypatch)
-    arguments = ["run", SMALL, *SETTINGS, "--store", STORE, "--json"]
+    arguments = ["run", SMALL, *SETTINGS, f"tracking.uri={mlflow}", "--store", STORE, "--json"]
     with (
         pbkd(*arguments, **one.environment) as first,
         pbkd(*arguments, "name=other", "baselines=[]", **other.environment) as second,
@@ -67,6 +71,15 @@ def test_two_runs_at_once_on_two_machines_run_each_stage_once(reports: list[dict
     assert digests(reports[0]) == digests(reports[1])
     ran = Counter(name for report in reports for name, state in states(report).items() if state == "ran")
     assert ran == Counter(digests(reports[0]).keys())
+
+
+def test_in_their_common_mlflow_each_stage_has_one_run(reports: list[dict[str, Any]], mlflow: str) -> None:
+    client = connect(mlflow)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    runs = client.search_runs(experiments, "tags.`pbkd.stage_key` != ''", max_results=1000)
+    found = Counter(run.data.tags["pbkd.stage_key"] for run in runs)
+    assert found == Counter(stage["key"] for stage in reports[0]["stages"])
+    assert {run.info.status for run in runs} == {"FINISHED"}
 
 
 def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_weights(

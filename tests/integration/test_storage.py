@@ -13,9 +13,9 @@ from pbkd.errors import UserError
 from pbkd.storage import Folder, Storage, Unreachable
 from pipelines import object_storage
 from pipelines.cli import main
-from pipelines.lease import Fenced, try_acquire
+from pipelines.lease import Fenced, held, try_acquire
 from pipelines.store import Store, open_storage
-from tests.integration.s3_server import BUCKET, client, s3_server
+from tests.integration.s3_server import BUCKET, CARELESS, client, s3_server
 from tests.unit.test_store import ARTIFACT, KEY, manifest_of
 
 PREFIX = f"s3://{BUCKET}/some/prefix"
@@ -50,6 +50,11 @@ def test_the_server_refuses_to_overwrite_what_a_put_must_not_find(s3: str, serve
     with pytest.raises(ClientError) as error:
         other.put_object(**wanted)
     assert error.value.response["ResponseMetadata"]["HTTPStatusCode"] == 412
+
+
+def test_a_bucket_in_which_two_could_own_one_stage_is_refused(s3: str) -> None:
+    with pytest.raises(UserError, match=r"(?s)If-None-Match.*docs/stores\.md"):
+        Store(f"s3://{CARELESS}/{s3.rpartition('/')[2]}")
 
 
 def test_it_keeps_reads_lists_and_removes(storage: Storage) -> None:
@@ -147,6 +152,27 @@ def test_leases_and_fencing_hold_on_a_bucket(s3: str) -> None:
     assert store.find(store.artifact_location(ARTIFACT)).key == KEY
     store.drop([KEY])
     assert store.keys() == [] and not store.artifact(ARTIFACT).exists()
+
+
+def count(storage: Storage, folder: Path) -> None:
+    number = folder / "number"
+    for _ in range(5):
+        with held(storage, "counting"):
+            number.write_text(str(int(number.read_text()) + 1))
+
+
+def test_of_those_who_want_a_name_one_at_a_time_holds_it(storage: Storage, tmp_path: Path) -> None:
+    (tmp_path / "number").write_text("0")
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=count, args=(storage, tmp_path)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "number").read_text() == "10"
+    (key,) = storage.names("leases")
+    assert len(storage.names(f"leases/{key}")) <= 2, "old ones go"
 
 
 MISTAKES = {
