@@ -29,11 +29,18 @@ RUN_STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 class Projection:
     """Writes the records of one pipeline in their order. After a failure it is dropped for a new one."""
 
-    def __init__(self, client: "MlflowClient", store: Store, artifact_location: str | None) -> None:
-        """`artifact_location` is for a new experiment; None lets the server choose."""
+    def __init__(
+        self,
+        client: "MlflowClient",
+        store: Store,
+        artifact_location: str | None,
+        known: dict[str, StageRun],
+    ) -> None:
+        """`artifact_location` is for a new experiment, or the server chooses; `known`: see `StageRuns`."""
         self._client = client
         self._store = store
         self._artifact_location = artifact_location
+        self._known = known
         self._pipeline: Record = {}
         self._trial: Record | None = None
         self._stages: StageRuns
@@ -106,7 +113,12 @@ class Projection:
         log_run(self._client, self._run.info.run_id, params={"recipe": record["name"]} | flatten(facts))
         data = (record.get("recipe") or {}).get("data") or {}
         self._stages = StageRuns(
-            self._client, self._store, self._run, record["name"], str(data.get("name", "data"))
+            self._client,
+            self._store,
+            self._run,
+            record["name"],
+            str(data.get("name", "data")),
+            self._known,
         )
         self._pipeline = record
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from pipelines.journal import Record
 from pipelines.mlflow_values import flatten, log_run
 from pipelines.projection import RUN_STATUS, experiment, search_run
-from pipelines.store import Store
 from pipelines.views import search_view
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 class SearchProjection:
     """Writes the records of one search; writing them again changes nothing."""
 
-    def __init__(self, client: "MlflowClient", store: Store, artifact_location: str | None) -> None:
+    def __init__(self, client: "MlflowClient", artifact_location: str | None) -> None:
         """`artifact_location` is for a new experiment; None lets the server choose."""
         self._client = client
         self._artifact_location = artifact_location

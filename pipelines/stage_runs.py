@@ -55,21 +55,32 @@ class StageRuns:
     """
 
     def __init__(
-        self, client: "MlflowClient", store: Store, parent: "Run", recipe: str, data_name: str
+        self,
+        client: "MlflowClient",
+        store: Store,
+        parent: "Run",
+        recipe: str,
+        data_name: str,
+        known: dict[str, StageRun],
     ) -> None:
-        """`parent` is the pipeline's run; `data_name` is what to call the data set."""
+        """`parent` is the pipeline's run; `data_name` is what to call the data set.
+
+        `known` are the runs of all pipelines that this process projects, which may share stages.
+        """
         self._client = client
         self._store = store
         self._parent = parent
         self._recipe = recipe
         self._data_name = data_name
+        self._known = known
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.runs: dict[str, StageRun] = {}
         self.names: dict[str, str] = {}
         self.roles: dict[str, str] = {}
         children = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
         for run in client.search_runs([parent.info.experiment_id], children, max_results=1000):
-            self.runs[run.data.tags["pbkd.stage_key"]] = StageRun.of(run)
+            key = run.data.tags["pbkd.stage_key"]
+            self.runs[key] = known.setdefault(key, StageRun.of(run))
 
     def ids(self) -> dict[str, dict[str, str | None]]:
         """Return the ids of run and model of every stage, by key."""
@@ -117,10 +128,10 @@ class StageRuns:
 
     def open(self, key: str, kind: str, started: int, params: dict[str, str]) -> StageRun:
         """Return the stage's run: known, found in any experiment of ours, or made, a child of the parent."""
-        if key in self.runs:
-            stage = self.runs[key]
+        if key in self.runs or key in self._known:
+            stage = self.runs[key] = self.runs.get(key) or self._known[key]
         elif (found := self._find(key)) is not None:
-            stage = self.runs[key] = StageRun.of(found)
+            stage = self.runs[key] = self._known[key] = StageRun.of(found)
         else:
             name = self.names.get(key, kind)
             tags = {"mlflow.parentRunId": self._parent.info.run_id, "pbkd.stage_key": key, "pbkd.kind": kind}
@@ -129,7 +140,7 @@ class StageRuns:
                 "mlflow.source.name": f"pbkd run {self._recipe}",
             }
             run = self._client.create_run(self._parent.info.experiment_id, started, tags, run_name=name)
-            stage = self.runs[key] = StageRun.of(run)
+            stage = self.runs[key] = self._known[key] = StageRun.of(run)
         missing = {name: value for name, value in params.items() if name not in stage.params}
         if missing:
             log_run(self._client, stage.run_id, params=missing)

@@ -17,6 +17,7 @@ from pipelines.journal import Journal, latest_report
 from pipelines.lease import held
 from pipelines.projection import REPORTED, Projection
 from pipelines.search_projection import SearchProjection
+from pipelines.stage_runs import StageRun
 from pipelines.store import Store
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class _Followed:
     """
 
     places: list[Storage]
-    kind: type[Projection | SearchProjection]
+    is_search: bool = False
     projection: Projection | SearchProjection | None = None
     offset: int = 0
 
@@ -115,9 +116,10 @@ class Tracker:
         self.uri = uri
         self._store = store
         self._followed: list[_Followed] = []
+        self._known: dict[str, StageRun] = {}
         if search is not None:
             places = [Folder(store.search(search)), store.search_records(search)]
-            self._followed.append(_Followed(places, SearchProjection))
+            self._followed.append(_Followed(places, is_search=True))
         if pipeline_id is not None:
             self.follow(pipeline_id)
         self._has_failed = False
@@ -126,7 +128,7 @@ class Tracker:
 
     def follow(self, pipeline_id: str) -> None:
         """Project this pipeline's journal too."""
-        self._followed.append(_Followed(_places(self._store, pipeline_id), Projection))
+        self._followed.append(_Followed(_places(self._store, pipeline_id)))
 
     def project(self) -> dict[str, Any]:
         """Write what is new in the journals now, in this thread. Raises what MLflow raises.
@@ -140,6 +142,7 @@ class Tracker:
                         self._project(followed)
                     except BaseException:
                         followed.projection = None  # what it has written is unknown: the next looks it up
+                        self._known.clear()
                         raise
         return _read_ids(self._followed[0].places)
 
@@ -148,7 +151,12 @@ class Tracker:
             location = None
             if self.uri.startswith("sqlite:"):
                 location = (self._store.root / "mlflow" / "artifacts").as_uri()
-            followed.projection, followed.offset = followed.kind(connect(self.uri), self._store, location), 0
+            client, followed.offset = connect(self.uri), 0
+            followed.projection = (
+                SearchProjection(client, location)
+                if followed.is_search
+                else Projection(client, self._store, location, self._known)
+            )
         records, offset = Journal(followed.places[-1]).read(followed.offset)
         if records:
             followed.projection.apply(records)

@@ -111,7 +111,7 @@ MISTAKES = {
 def test_a_space_that_does_not_fit_is_refused_by_name_and_key(
     text: str, digits: Subject, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="space .*own") as error:
+    with pytest.raises(UserError, match=r"space .*own") as error:
         open_space(file_of(tmp_path, text), digits)
     assert MISTAKES[text] in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
@@ -133,7 +133,7 @@ def test_a_recipe_without_prunings_has_no_pruning_ratios(tmp_path: Path) -> None
 
 
 def test_without_a_validation_split_nothing_is_searched(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="data.val_fraction"):
+    with pytest.raises(UserError, match=r"data\.val_fraction"):
         objective_of(subject_of(CIFAR10, "data.val_fraction=0", cache=tmp_path), None, None, None)
 
 

@@ -1,0 +1,221 @@
+"""`pbkd tune` on real Ray: stages are shared, nothing is lost or done twice, a winner can be made again."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.tracking import connect
+from tests.integration.pbkd_process import ROOT, Pbkd, pbkd, run, states, until, with_database
+
+DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
+SMOKE = (DIGITS, "smoke=true")
+TRIALS = 4
+LISTED = ("joint", *SMOKE, "--sampler", "fixed", "--trials", TRIALS)
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The report of a joint search that nobody disturbs, and its store."""
+    store = with_database(tmp_path_factory.mktemp("store"))
+    with pbkd("tune", *LISTED, "--store", store, "--json") as command:
+        report = command.succeed()
+        until(lambda: not command.processes(), "the end of every process")
+    return report, store
+
+
+def tuned(store: Path, *arguments: object) -> dict[str, Any]:
+    with pbkd("tune", *arguments, "--store", store, "--json") as command:
+        return command.succeed()
+
+
+def refused(store: Path, *arguments: object) -> str:
+    with pbkd("tune", *arguments, "--store", store) as command:
+        code, out, err = command.wait()
+    assert (code, out) == (2, "") and len(err.strip().splitlines()) <= 3, err
+    return err
+
+
+def final_table(report: dict[str, Any]) -> list[tuple[object, ...]]:
+    names = ("number", "params", "outcome", "val_accuracy", "macs", "digest")
+    return [tuple(trial[name] for name in names) for trial in report["trials"]]
+
+
+def records(store: Path, search: str, kind: str) -> list[dict[str, Any]]:
+    path = store / "searches" / search / "journal.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [record for record in map(json.loads, lines) if record["type"] == kind]
+
+
+def finished(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [trial for trial in report["trials"] if trial["outcome"] == "finished"]
+
+
+def test_trials_run_each_different_stage_once(joint: tuple[dict[str, Any], Path]) -> None:
+    report, store = joint
+    assert len(finished(report)) == TRIALS
+    assert report["stages_run"] == report["stages_distinct"] < report["stages_requested"]
+    assert report["stages_distinct"] == len(list((store / "manifests").iterdir()))
+
+
+def test_the_search_wrote_its_table_figures_and_recipes(joint: tuple[dict[str, Any], Path]) -> None:
+    report, _ = joint
+    assert report["winners"] and set(report["files"]) == {"trials", "pareto", "importance"}
+    for path in [*report["files"].values(), *(winner["recipe"] for winner in report["winners"])]:
+        assert Path(path).stat().st_size > 0
+    table = Path(report["files"]["trials"]).read_text()
+    assert "test_accuracy" not in table and len(table.splitlines()) == 1 + len(report["trials"])
+
+
+def test_a_winners_recipe_makes_the_same_weights_again(
+    joint: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    report, store = joint
+    winner = report["winners"][0]
+    again = run(winner["recipe"], "--store", store)
+    assert set(states(again).values()) == {"reused"}
+    anew = run(winner["recipe"], "compute.executor=local", "--store", with_database(tmp_path / "empty"))
+    assert set(states(anew).values()) == {"ran"}
+    assert again["stages"][-1]["digest"] == anew["stages"][-1]["digest"] == winner["digest"]
+
+
+def test_in_mlflow_trials_are_below_their_search_with_the_searched_keys_and_without_test_accuracy(
+    joint: tuple[dict[str, Any], Path],
+) -> None:
+    report, store = joint
+    client = connect(f"sqlite:///{store / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    mine = "tags.`pbkd.search` = 'digits-joint' AND tags.`pbkd.role` = "
+    (search,) = client.search_runs([experiment.experiment_id], f"{mine}'search'")
+    trials = client.search_runs([experiment.experiment_id], f"{mine}'trial'")
+    assert {search.info.status, *(trial.info.status for trial in trials)} == {"FINISHED"}
+    assert {trial.data.tags["mlflow.parentRunId"] for trial in trials} == {search.info.run_id}
+    shown = {trial.info.run_name: trial for trial in trials}
+    for told in finished(report):
+        trial = shown[f"trial {told['number']}"]
+        assert {key: json.loads(trial.data.params[key]) for key in told["params"]} == told["params"]
+        assert trial.data.metrics["val_accuracy"] == told["val_accuracy"]
+        assert not any("test" in name for name in trial.data.metrics)
+        linked = {tag: value for tag, value in trial.data.tags.items() if tag.startswith("pbkd.stage.")}
+        assert linked["pbkd.stage.teacher"] and len(linked) == 9
+    assert len({trial.data.tags["pbkd.stage.teacher"] for trial in trials}) == 1
+    assert any(tag.endswith("pbkd-search-digits-joint") for tag in experiment.tags)
+
+
+NAMED = [
+    ("student_widths", ("--objective", "accuracy,latency")),
+    ("pruning_ratios", ("--objective", "accuracy", "--sampler", "nsga2")),
+    ("stabilization_lengths", ()),
+]
+
+
+@pytest.mark.parametrize(("space", "options"), NAMED, ids=[space for space, _ in NAMED])
+def test_every_named_search_runs_and_shares_with_those_before(
+    space: str, options: tuple[str, ...], joint: tuple[dict[str, Any], Path]
+) -> None:
+    _, store = joint
+    report = tuned(store, space, *SMOKE, "--trials", 2, *options)
+    assert len(finished(report)) == 2 and report["winners"]
+    assert report["stages_run"] < report["stages_distinct"]
+    has_latency = {trial["latency_ms"] is not None for trial in finished(report)}
+    assert has_latency == {"accuracy,latency" in options}
+    assert all(winner["latency_ms"] > 0 for winner in report["winners"])
+
+
+def test_trials_that_fall_behind_are_stopped_and_marked_so(joint: tuple[dict[str, Any], Path]) -> None:
+    _, store = joint
+    early = ("joint", *SMOKE, "--sampler", "fixed", "--trials", 8, "--max-concurrent", 1)
+    early = (*early, "--objective", "accuracy", "--early-stop", "--name", "early")
+    report = tuned(store, *early)
+    stopped = [trial["number"] for trial in report["trials"] if trial["outcome"] == "stopped"]
+    assert stopped and len(finished(report)) + len(stopped) == 8
+    client = connect(f"sqlite:///{store / 'mlflow' / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id], "tags.`pbkd.search` = 'early'")
+    marked = {run.info.run_name for run in runs if run.data.tags.get("pbkd.outcome") == "stopped"}
+    assert marked == {f"trial {number}" for number in stopped}
+    assert {run.info.status for run in runs if run.info.run_name in marked} == {"KILLED"}
+    assert not [run for run in runs if run.info.status == "RUNNING"]
+    assert tuned(store, *early)["trials"] == report["trials"]
+
+
+# Bad input
+
+
+def test_a_search_is_not_gone_on_with_if_it_changed(joint: tuple[dict[str, Any], Path]) -> None:
+    _, store = joint
+    said = refused(store, *LISTED, "seed=1")
+    assert "search digits-joint was begun differently: recipe.seed was" in said and "--name" in said
+    assert "parameters.stages" in refused(store, "pruning_ratios", *LISTED[1:], "--name", "digits-joint")
+
+
+def test_more_trials_at_once_than_there_is_room_for_are_refused(joint: tuple[dict[str, Any], Path]) -> None:
+    said = refused(joint[1], *LISTED, "--name", "wide", "--max-concurrent", 1000)
+    assert "each trial needs 1 CPU" in said and "room for" in said
+
+
+def test_a_limit_that_no_trial_keeps_is_told_with_the_nearest_and_can_be_mended(
+    joint: tuple[dict[str, Any], Path],
+) -> None:
+    store = joint[1]
+    limited = ("pruning_ratios", *SMOKE, "--name", "limited", "--trials", 1)
+    said = refused(store, *limited, "--max-macs", 0.01)
+    assert "the nearest of" in said and "times the limit" in said and "stages.pruned.macs=" in said
+    assert len(finished(tuned(store, *limited, "--max-macs", 0.9))) == 1
+
+
+# Whoever is killed
+
+
+def kill(command: Pbkd, words: str, number: int = signal.SIGKILL) -> None:
+    until(lambda: command.processes(words), words)
+    os.kill(command.processes(words)[0], number)
+
+
+@pytest.mark.parametrize("sampler", ["fixed", "tpe"])
+def test_a_search_whose_driver_and_trial_were_killed_loses_and_repeats_nothing(
+    sampler: str, joint: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    arguments = (
+        "joint",
+        *SMOKE,
+        "--sampler",
+        sampler,
+        "--trials",
+        TRIALS,
+        "--store",
+        with_database(tmp_path),
+    )
+    with pbkd("tune", *arguments) as command:
+        until(lambda: any((tmp_path / "manifests").glob("*.json")), "a finished stage")
+        if sampler == "tpe":
+            kill(command, "ray::ImplicitFunc")
+        until(lambda: records(tmp_path, "digits-joint", "result"), "a finished trial")
+        command.signal(signal.SIGKILL)
+        until(lambda: not command.processes("ray::ImplicitFunc"), "the end of its trials")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "manifests").glob("*.json")}
+    drawn = {record["number"]: record["params"] for record in records(tmp_path, "digits-joint", "trial")}
+    results = records(tmp_path, "digits-joint", "result")
+    with pbkd("tune", *arguments, "--json") as command:
+        report = command.succeed()
+    assert len(finished(report)) == TRIALS
+    table = {trial["number"]: trial["params"] for trial in report["trials"]}
+    assert {number: table[number] for number in drawn} == drawn
+    assert records(tmp_path, "digits-joint", "result")[: len(results)] == results
+    assert before == {name: (tmp_path / "manifests" / name).stat().st_mtime_ns for name in before}
+    begun = [key for path in tmp_path.glob("pipelines/*/journal.jsonl") for key in started(path)]
+    assert {key for key in begun if begun.count(key) > 1}.isdisjoint(
+        name.removesuffix(".json") for name in before
+    )
+    if sampler == "fixed":
+        assert final_table(report) == final_table(joint[0])
+
+
+def started(journal: Path) -> list[str]:
+    found = [json.loads(line) for line in journal.read_text().splitlines()]
+    return [record["key"] for record in found if record["type"] == "started"]
