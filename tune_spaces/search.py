@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
@@ -24,6 +24,9 @@ from tune_spaces.sampling import SamplerName, Trials, open_trials
 from tune_spaces.space import Space
 from tune_spaces.subject import Plan, Subject
 from tune_spaces.trial import STOP, run_trial
+
+if TYPE_CHECKING:
+    from tune_spaces.searcher import RecordingSearcher
 
 log = logging.getLogger(__name__)
 
@@ -178,19 +181,24 @@ class Search:
         finally:
             ray.shutdown()
 
-    def _tune(self, trials: Trials, resources: dict[str, float], hands: int) -> None:
-        from ray import tune
+    def searcher(self, trials: Trials) -> RecordingSearcher:
+        """What hands the trials to Ray Tune."""
+        from tune_spaces.searcher import RecordingSearcher
 
-        from tune_spaces.searcher import RecordingSearcher, scheduler_of
-
-        touched = self.space.touches(self.subject)
         config = {
             "store": self._store.location,
             "search": self.record.name,
-            "touched": sorted(touched),
+            "touched": sorted(self.space.touches(self.subject)),
             "objective": self.objective.model_dump(mode="json"),
         }
-        searcher = RecordingSearcher(self.record, trials, self._store, config, self._begun, self._ended)
+        return RecordingSearcher(self.record, trials, self._store, config, self._begun, self._ended)
+
+    def _tune(self, trials: Trials, resources: dict[str, float], hands: int) -> None:
+        from ray import tune
+
+        from tune_spaces.searcher import scheduler_of
+
+        searcher, touched = self.searcher(trials), self.space.touches(self.subject)
         folder = self._store.root / "ray"
         tuner = tune.Tuner(
             tune.with_resources(run_trial, resources),
