@@ -20,6 +20,8 @@ from tune_spaces.subject import Params, Plan, Subject
 SamplerName = Literal["tpe", "nsga2", "fixed"]
 DRAWS = 50
 """For each trial wanted: then what is left of the space is taken to break the limits, or to be known."""
+LARGEST_COUNTED = 4096
+"""Trials of a space that is gone through when the sampler finds nothing new in it."""
 STATES = {
     "finished": TrialState.COMPLETE,
     "failed": TrialState.FAIL,
@@ -134,6 +136,18 @@ class Adaptive:
                 self._study.tell(asked, state=TrialState.PRUNED)
             else:
                 self._open[added[0].number] = asked
+                return added
+        return self._rest()
+
+    def _rest(self) -> tuple[Trial, Plan] | None:
+        """A trial that the sampler has not come upon, of a space small enough to go through."""
+        if self._drawn.missing <= 0 or self._space.size > LARGEST_COUNTED:
+            return None
+        for params in _draws(self._space, 0):
+            added = self._drawn.add(params)
+            if added is not None and added[0].outcome == "running":
+                self._study.enqueue_trial(dict(params))
+                self._open[added[0].number] = self._study.ask(self._space.distributions())
                 return added
         return None
 

@@ -73,18 +73,30 @@ class RecordingSearcher(Searcher):
             trial = self._record.add_result(number, **json.loads(result["result"]))
         elif error:
             message = "its process died, and again whenever Ray started it anew"
-            trial = self._record.add_result(number, "failed", message=message)
+            trial = self._record.add_result(number, "failed", message=message, **self._reached(number))
         else:
-            trial = self._record.add_result(number, "stopped", values={METRIC: (result or {}).get(METRIC)})
+            values = {METRIC: (result or {}).get(METRIC)}
+            trial = self._record.add_result(number, "stopped", values=values, **self._reached(number))
         self.end_pipeline(trial)
         self._trials.tell(trial)
         self._ended(trial)
+
+    def _reached(self, number: int) -> dict[str, Any]:
+        """The stages that a trial without a last word had finished."""
+        records, _ = self._store.journal(pipeline_of(self._record.name, number)).read()
+        ended = {record["name"]: record for record in records if record.get("type") == "finished"}
+        return {
+            "stages": {name: record["key"] for name, record in ended.items()},
+            "ran": [name for name, record in ended.items() if record["state"] == "ran"],
+        }
 
     def end_pipeline(self, trial: Trial) -> None:
         """Close the journal of a trial's pipeline, from which MLflow has it."""
         status = {"finished": "finished", "failed": "failed"}.get(trial.outcome, "stopped")
         values = {**trial.values, "stages_run": len(trial.ran), "seconds": trial.seconds}
-        content = {"outcome": trial.outcome, "values": values}
+        content: dict[str, Any] = {"values": values}
+        if trial.outcome != "running":  # else this driver was stopped, and the next goes on with it
+            content["outcome"] = trial.outcome
         if self._record.has_run(trial.number):  # else it was ended before it began
             journal = self._store.journal(pipeline_of(self._record.name, trial.number))
             journal.append({"type": "ended", "status": status, **content})
