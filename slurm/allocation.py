@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from pbkd.errors import UserError
@@ -28,7 +28,8 @@ class Allocation(BaseModel):
         restarts: how often a job is begun again after a failure that Slurm does not requeue for.
         setup: lines of shell before Python: module loads, `source .../activate`.
         python: the command that starts Python on a node, such as a container's; default: this one.
-        srun, sbatch: options more, such as `--container-image=...`, and `{constraint: a100}`.
+        srun, sbatch: options more, such as `--container-image=...`, and `{constraint: a100}`; a bare one is
+            `true`.
         temporary: a folder of each node alone, with a short name; sockets lie in it.
         probe: ask free nodes, before submission, whether they see the store and have the same Python.
     """
@@ -49,9 +50,13 @@ class Allocation(BaseModel):
     setup: tuple[str, ...] = ()
     python: str | None = None
     srun: tuple[str, ...] = ()
-    sbatch: dict[str, str | int | bool] = Field(default_factory=dict)
+    sbatch: dict[str, str] = Field(default_factory=dict)
     temporary: Path = Path("/tmp")
     probe: bool = True
+
+    def flags(self) -> dict[str, str | bool]:
+        """`sbatch`, with the names and values that go on a command line; True: without a value."""
+        return {name.replace("_", "-"): value == "true" or value for name, value in self.sbatch.items()}
 
     @property
     def minutes(self) -> int:
@@ -110,12 +115,13 @@ def load_allocation(profile: str | None, given: dict[str, Any]) -> Allocation:
 
 def _profile(path: Path, name: str | None) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        # Its own reading of values would make 14400 of 4:00:00; here all are strings until they are checked.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except FileNotFoundError as error:
         if name is None and "PBKD_SLURM_PROFILES" not in os.environ:
             return {}
         raise UserError(f"{path}: no such file, so there is no profile '{name or 'default'}'") from error
-    except Exception as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             f"{path}: not a YAML mapping of profiles: {' '.join(str(error).split())[:200]}"
         ) from error

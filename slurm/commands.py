@@ -230,7 +230,7 @@ def _launch(
         executor=executor,
     )
     if dry_run:
-        typer.echo(submission.text(), nl=False)
+        typer.echo(submission.text())
         return
     for doubt in submission.check():
         typer.echo(f"note: {doubt}", err=True)

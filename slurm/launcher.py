@@ -170,7 +170,7 @@ class Submission:
             # A task that dies takes the others with it; `after_step` then begins the job again.
             "srun_args": ["--kill-on-bad-exit=1", *self._step_options()],
             "teardown": [f"{python} -m slurm.after_step $? {shlex.quote(str(self.jobs))}"],
-            "additional_parameters": {"requeue": True, **allocation.sbatch},
+            "additional_parameters": {"requeue": True, **allocation.flags()},
         }
         return {name: value for name, value in asked.items() if value is not None} | {"wckey": None}
 

@@ -72,7 +72,7 @@ def _command(allocation: Allocation, paths: Sequence[Path]) -> list[str]:
         "immediate": IMMEDIATELY_SECONDS,
         "job-name": "pbkd-probe",
         "chdir": "/",  # this folder, too, may not be there
-    } | {name.replace("_", "-"): value for name, value in allocation.sbatch.items()}
+    } | allocation.flags()
     options = [
         f"--{name}" if value is True else f"--{name}={value}"
         for name, value in given.items()
