@@ -128,12 +128,11 @@ def submit(cluster: Cluster, store: Path | None, *words: str) -> subprocess.Comp
 
 def test_a_stopped_job_keeps_its_state_and_the_next_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     store = with_database(tmp_path / "runs")
-    print("submit", flush=True)
     submitted = submit(cluster, store, "--no-wait", "--submission-id", "first")
     assert submitted.returncode == 0, submitted.stderr
     until(lambda: len(cluster.steps()) > 20, "steps")
     assert cluster.ray("stop", "first").returncode == 0
-    until(lambda: "STOPPED" in cluster.ray("status", "first").stdout, "the job to stop")
+    until(lambda: "was stopped" in cluster.ray("status", "first").stderr, "the job to stop")
     assert "the same command goes on from here" in cluster.ray("logs", "first").stdout
     assert len(cluster.steps()) < STEPS and list((store / "work").glob("*/step-*"))
 
