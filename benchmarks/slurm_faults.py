@@ -1,6 +1,6 @@
 """Does to jobs of `pbkd slurm run`, on a real two-node Slurm, what happens to jobs, and asks what was lost.
 
-    python -m benchmarks.slurm_faults [FAULT...] [--json]
+    python -m benchmarks.slurm_faults [FAULT...]
 
 Starts a Slurm of its own (benchmarks/slurm_lab; root), trains benchmarks/faults.yaml's teacher with one
 worker on each of two nodes, does one fault to each job, and compares with a run of the same recipe by two
@@ -43,7 +43,7 @@ TRAINING = (
     f"stages.teacher.steps={STEPS}", "compute.workers=2", "compute.executor=ray", "compute.fuse=false",
     f"compute.checkpoint_steps={INTERVAL}", "--until", "teacher",
 )  # fmt: skip
-LONGEST_SECONDS = 900.0
+LONGEST_SECONDS = 600.0
 POLL_SECONDS = 0.1
 
 
@@ -250,6 +250,11 @@ def head_node_lost(job: Job, bench: Bench) -> None:
     _lose(bench, "n1", until_noticed=True)
 
 
+def head_node_blinks(job: Job, bench: Bench) -> None:
+    """The first node loses power, and is back before Slurm has noticed."""
+    _lose(bench, "n1", until_noticed=False)
+
+
 def task_killed(job: Job, bench: Bench) -> None:
     """The supervisor on the first node gets SIGKILL, as from the kernel when memory is short."""
     pids = job.processes("submitit.core._submit")
@@ -267,6 +272,7 @@ FAULTS: dict[str, Callable[[Job, Bench], None]] = {
         worker_node_lost,
         worker_node_blinks,
         head_node_lost,
+        head_node_blinks,
     )
 }
 
@@ -338,13 +344,22 @@ def _lose(bench: Bench, node: str, *, until_noticed: bool) -> None:
     bench.lab.bring_node_back(node)
 
 
+def _record(outcome: Outcome) -> None:
+    is_new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if is_new:
+            writer.writerow([field.name for field in fields(Outcome)] + ["processor", "torch", "date"])
+        row = [round(cell, 1) if isinstance(cell, float) else cell for cell in astuple(outcome)]
+        writer.writerow([*row, processor(), torch.__version__, datetime.now(UTC).date().isoformat()])
+
+
 def main() -> None:
     """The command. Exit code 1 if a job did not survive."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     known = [*FAULTS, "requeued_twice", "scancel", "submitted_twice"]
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"one of {', '.join(known)}; all")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     special: dict[str, Callable[[Bench], Outcome]] = {
         "requeued_twice": lambda bench: suffer(bench, "time_limit", "preemption"),
@@ -358,21 +373,18 @@ def main() -> None:
         try:
             bench = Bench(lab, Path(place))
             for name in arguments.faults or known:
-                outcome = special[name](bench) if name in special else suffer(bench, name)
+                try:
+                    outcome = special[name](bench) if name in special else suffer(bench, name)
+                except TimeoutError as error:
+                    sys.stderr.write(f"{name}: {error}\n")
+                    lab.ask("scancel", "--user=root")
+                    outcome = Outcome(name, False, 0, 0, None, None)
                 outcomes.append(outcome)
+                _record(outcome)
                 sys.stdout.write(f"{outcome}\n")
                 sys.stdout.flush()
         finally:
             lab.stop()
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if is_new:
-            writer.writerow([field.name for field in fields(Outcome)] + ["processor", "torch", "date"])
-        for outcome in outcomes:
-            today = datetime.now(UTC).date().isoformat()
-            row = [round(cell, 1) if isinstance(cell, float) else cell for cell in astuple(outcome)]
-            writer.writerow([*row, processor(), torch.__version__, today])
     if not all(outcome.survived for outcome in outcomes):
         raise SystemExit(1)
 

@@ -21,8 +21,10 @@ from slurm.ray_cluster import (
     POLL_SECONDS,
     ClusterLost,
     Meeting,
+    NodeLost,
     RayNode,
     die_with_parent,
+    living_nodes,
     new_token,
     own_address,
     wait_for_nodes,
@@ -35,6 +37,7 @@ FINAL = (0, 1, 2)
 RESTARTS = 3
 MARGIN_SECONDS = 10.0
 REQUEUE_SECONDS = 60.0
+LOOK_SECONDS, LOST_SECONDS = 5.0, 60.0
 
 
 class _Over(Exception):  # noqa: N818 - the way out, not an error
@@ -92,6 +95,7 @@ class _Run:
         self._job, self._task = job, task
         self._restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self._meeting = self.place / f"meeting-{self._restart}.json"
+        self._token = new_token()  # for all clusters of this process: Ray reads it once
         self._driver: subprocess.Popen[bytes] | None = None
         self._node: RayNode | None = None
 
@@ -118,11 +122,14 @@ class _Run:
                 break
             finally:
                 self._end_processes()
-        if code not in FINAL and not (self.place / CANCEL).exists() and scheduler.is_preempted():
-            note(self.place, "requeued", restart=self._restart, why="preempted")
+        if code not in FINAL and not self._is_cancelled():
+            note(self.place, "stopped", restart=self._restart, code=code)
             self.close()
-            scheduler.requeue()
-            time.sleep(REQUEUE_SECONDS)  # Slurm ends it here
+            if scheduler.is_preempted():
+                note(self.place, "requeued", restart=self._restart, why="preempted")
+                scheduler.requeue()
+                time.sleep(REQUEUE_SECONDS)  # Slurm ends it here
+            raise NodeLost("Slurm ends this job, and nobody has cancelled it")  # it, or after_step, requeues
         write_end(self.place, End(code, reason if code == 1 else None))
         end = read_end(self.place)
         assert end is not None, "just written"
@@ -153,6 +160,10 @@ class _Run:
                 self._node.start(head=meeting.address)
                 joined = meeting
             time.sleep(POLL_SECONDS)
+
+    def _is_cancelled(self) -> bool:
+        """Whether somebody wants this end, and no other beginning."""
+        return (self.place / CANCEL).exists() or scheduler.job_id() == "" or scheduler.is_cancelled()
 
     def end_before_requeue(self) -> None:
         """Let the command keep its state; unless it came to its own end, the job is begun again."""
@@ -190,7 +201,7 @@ class _Run:
     def _once(self, hosts: list[str]) -> int:
         """Bring a cluster up and run the command in it; returns its exit code."""
         began = time.monotonic()
-        self._node = node = self._new_node(new_token(), hosts[1] if len(hosts) > 1 else None)
+        self._node = node = self._new_node(self._token, hosts[1] if len(hosts) > 1 else None)
         node.start()
         Meeting(node.address, node.token, Fingerprint.here()).publish(self._meeting)
         wait_for_nodes(node, len(hosts), self._look)
@@ -204,10 +215,15 @@ class _Run:
             stdin=subprocess.DEVNULL,
             preexec_fn=die_with_parent,  # noqa: PLW1509 - there are no threads here
         )
-        has_asked = False
+        has_asked, seen, looked = False, time.monotonic(), time.monotonic()
         while (code := _exit_code(self._driver.pid)) is None:
             if not node.is_alive():
                 raise ClusterLost(f"Ray's head died:\n{node.log()}")
+            if time.monotonic() - looked >= LOOK_SECONDS:
+                looked = time.monotonic()
+                seen = looked if living_nodes(node) >= len(hosts) else seen
+            if looked - seen > LOST_SECONDS:
+                raise NodeLost(f"one of {', '.join(hosts)} has not been seen for {LOST_SECONDS:.0f} s")
             if not has_asked and (self.place / CANCEL).exists():
                 has_asked = True
                 log.info("asked to cancel: keeping the state of the trainings")

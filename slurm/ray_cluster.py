@@ -35,7 +35,11 @@ _libc = ctypes.CDLL(None)
 
 
 class ClusterLost(Exception):  # noqa: N818 - not an error of the pipeline's
-    """Ray's head died, or not all nodes came: the cluster is to be begun again."""
+    """Ray's head died: the cluster is to be begun again."""
+
+
+class NodeLost(Exception):  # noqa: N818
+    """A node did not come, or is gone: the allocation is of no more use."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ class RayNode:
             "metrics-export-port": 0,
         }
         if head is None:
-            options |= {"include-dashboard": "false", "ray-client-server-port": self._free_port()}
+            options |= {"include-dashboard": "false", "ray-client-server-port": 0}  # 0: none
             self.address = f"{self.ip}:{where[-1]}"
         if self._gpus is not None:
             options["num-gpus"] = self._gpus
@@ -199,40 +203,36 @@ def wait_for_nodes(head: RayNode, count: int, waiting: Callable[[], None]) -> No
         waiting: called while there is nothing to do but wait.
 
     Raises:
-        ClusterLost: the head died, or a node did not come in START_SECONDS.
+        ClusterLost: the head died.
+        NodeLost: a node did not come in START_SECONDS.
     """
     deadline, joined = time.monotonic() + START_SECONDS, 0
-    ask = None
     while joined < count:
         if not head.is_alive():
             raise ClusterLost(f"Ray's head did not start:\n{head.log()}")
         if time.monotonic() > deadline:
-            raise ClusterLost(f"of {count} nodes {joined} joined the Ray cluster in {START_SECONDS:.0f} s")
+            raise NodeLost(f"of {count} nodes {joined} joined the Ray cluster in {START_SECONDS:.0f} s")
         waiting()
-        ask = ask or _client(head)
-        joined = ask() if ask is not None else 0
+        joined = living_nodes(head)
 
 
-def _client(head: RayNode) -> Callable[[], int] | None:
-    """A function that counts the living nodes of the cluster, once something answers at its address."""
+def living_nodes(head: RayNode) -> int:
+    """How many nodes the cluster of `head` has; 0 if it does not answer."""
     host, _, port = head.address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), 1.0).close()
+        socket.create_connection((host, int(port)), 1.0).close()  # Ray itself would try for long
     except OSError:
-        return None
+        return 0
     os.environ.update(head.environment())
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.core.generated.gcs_pb2 import GcsNodeInfo  # type: ignore[attr-defined]
-    from ray.exceptions import RpcError
+    from ray.exceptions import RayError
 
-    def count() -> int:
-        try:
-            nodes = GcsClient(address=head.address).get_all_node_info(timeout=10)
-        except RpcError:
-            return 0
-        return sum(node.state == GcsNodeInfo.ALIVE for node in nodes.values())
-
-    return count
+    try:
+        nodes = GcsClient(address=head.address).get_all_node_info(timeout=10)
+    except RayError:
+        return 0
+    return sum(node.state == GcsNodeInfo.ALIVE for node in nodes.values())
 
 
 def own_address(towards: str | None) -> str:

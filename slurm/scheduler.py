@@ -70,6 +70,17 @@ def is_preempted() -> bool:
     return words.get("JobState") == "RUNNING" and words.get("PreemptTime", "None") != "None"
 
 
+def is_cancelled() -> bool:
+    """Whether somebody has cancelled this process's job."""
+    try:
+        said = ask(
+            "sacct", "--noheader", "--allocations", "--parsable2", "--jobs", job_id(), "--format", "State"
+        )
+    except UserError:
+        return False
+    return said.startswith("CANCELLED")
+
+
 def requeue() -> None:
     """Put this process's job back into the queue, which ends it here."""
     ask("scontrol", "requeue", job_id())
