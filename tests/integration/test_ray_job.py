@@ -68,11 +68,11 @@ class Cluster:
         }
 
     def ray(self, *words: str, token: str = "token") -> subprocess.CompletedProcess[str]:
-        """`ray job WORDS`, as typed in the checkout."""
+        """What `ray job WORDS` says, typed in the checkout."""
         return subprocess.run(
             [BIN / "ray", "job", *words],
-            cwd=ROOT, env=self.environment(token), capture_output=True, text=True, timeout=SECONDS,
-            check=False,
+            cwd=ROOT, env=self.environment(token), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            timeout=SECONDS, check=False,
         )  # fmt: skip
 
     def steps(self) -> list[str]:
@@ -129,10 +129,10 @@ def submit(cluster: Cluster, store: Path | None, *words: str) -> subprocess.Comp
 def test_a_stopped_job_keeps_its_state_and_the_next_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     store = with_database(tmp_path / "runs")
     submitted = submit(cluster, store, "--no-wait", "--submission-id", "first")
-    assert submitted.returncode == 0, submitted.stderr
+    assert submitted.returncode == 0, submitted.stdout
     until(lambda: len(cluster.steps()) > 20, "steps")
     assert cluster.ray("stop", "first").returncode == 0
-    until(lambda: "was stopped" in cluster.ray("status", "first").stderr, "the job to stop")
+    until(lambda: "was stopped" in cluster.ray("status", "first").stdout, "the job to stop")
     assert "the same command goes on from here" in cluster.ray("logs", "first").stdout
     assert len(cluster.steps()) < STEPS and list((store / "work").glob("*/step-*"))
 
@@ -148,7 +148,7 @@ def test_a_client_without_the_token_is_refused(cluster: Cluster, tmp_path: Path)
     (cluster.folder / "wrong").write_text("0" * 64)
     refused = cluster.ray("submit", "--", "touch", str(tmp_path / "done"), token="wrong")
     assert refused.returncode != 0 and not (tmp_path / "done").exists()
-    assert "token" in refused.stdout + refused.stderr
+    assert "token" in refused.stdout
 
 
 def test_a_store_that_goes_with_the_job_is_refused(cluster: Cluster) -> None:

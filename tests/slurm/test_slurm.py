@@ -42,6 +42,26 @@ def test_two_nodes_give_the_weights_of_two_processes_here_and_nothing_is_left(
     assert again.is_clean()
 
 
+def test_two_nodes_train_as_one_process_does(bench: Bench, tmp_path: Path) -> None:
+    """The same global batches; without BatchNorm, which on CPUs knows only its rank's share."""
+    settings = [
+        "stages.teacher.network={arch: vgg11, base_width: 16}", "data.image_size=32",
+        "stages.teacher.steps=null", "stages.teacher.epochs=3", "stages.teacher.optimizer={lr: 0.01}", "--until", "teacher",
+    ]  # fmt: skip
+    here, store = tmp_path / "here", bench.store()
+    run(SMALL, *settings, "compute.executor=local", "--store", here)
+    job = Job(bench, store, *settings, "compute.workers=2", "compute.placement=spread", recipe=SMALL)
+    assert job.wait()["code"] == 0, job.pbkd("logs", job.id, "--store", store)
+    (one,), (two,) = (
+        [json.loads(path.read_bytes())["history"] for path in place.glob("manifests/*.json")]
+        for place in (here, store)
+    )
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    losses = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[0][-1] < losses[0][0]
+    assert job.is_clean()
+
+
 def test_a_time_limit_and_a_preemption_lose_no_step(bench: Bench) -> None:
     outcome = suffer(bench, "time_limit", "preemption")
     assert outcome.survived and outcome.restarts == 2
