@@ -105,12 +105,18 @@ class Job:
     """A job submitted by `pbkd slurm run`, and every process that comes of it."""
 
     def __init__(
-        self, bench: Bench, store: Path, *arguments: object, recipe: Path | None = None, nodes: int = 2
+        self,
+        bench: Bench,
+        store: Path,
+        *arguments: object,
+        recipe: Path | None = None,
+        nodes: int = 2,
+        minutes: int = 30,
     ) -> None:
         """Submit it."""
         self._bench, self.store = bench, store
         self._mark = uuid.uuid4().hex
-        where = ["--nodes", nodes, "--cpus-per-node", 2 // nodes, "--time", 10, "--store", store]
+        where = ["--nodes", nodes, "--cpus-per-node", 2 // nodes, "--time", minutes, "--store", store]
         environment = {
             MARK: self._mark,
             "PBKD_FAULTS_LOG": str(store.parent / "steps"),
@@ -366,6 +372,7 @@ def main() -> None:
         "scancel": cancelled,
         "submitted_twice": submitted_twice,
     }
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and the lab is stopped
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="pbkd-slurm-faults-") as place:
         lab = SlurmLab()

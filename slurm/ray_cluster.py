@@ -25,6 +25,7 @@ from slurm.fingerprint import Fingerprint
 
 LOOPBACK = "127.0.0.1"
 PREFIX = "pbkd-ray-"
+PORTS = range(20_000, 32_000)
 OBJECT_STORE_BYTES = 200 * 2**20  # jobs exchange nothing through it
 START_SECONDS = 120.0
 POLL_SECONDS = 0.2
@@ -126,7 +127,7 @@ class RayNode:
             "metrics-export-port": 0,
         }
         if head is None:
-            options |= {"include-dashboard": "false", "ray-client-server-port": 0}  # 0: none
+            options |= {"include-dashboard": "false", "ray-client-server-port": self._free_port()}
             self.address = f"{self.ip}:{where[-1]}"
         if self._gpus is not None:
             options["num-gpus"] = self._gpus
@@ -184,9 +185,14 @@ class RayNode:
         self.stop()
 
     def _free_port(self) -> int:
-        with socket.create_server((self.ip, 0)) as server:
-            port: int = server.getsockname()[1]
-        return port
+        """A port below those that the kernel hands out, so that it stays free until it is used."""
+        while True:
+            port = secrets.choice(PORTS)
+            try:
+                socket.create_server((self.ip, port)).close()
+            except OSError:
+                continue
+            return port
 
 
 def new_token() -> str:

@@ -71,8 +71,8 @@ class Cluster:
         """What `ray job WORDS` says, typed in the checkout."""
         return subprocess.run(
             [BIN / "ray", "job", *words],
-            cwd=ROOT, env=self.environment(token), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=SECONDS, check=False,
+            cwd=ROOT, env=self.environment(token), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
 
     def steps(self) -> list[str]:

@@ -46,7 +46,8 @@ def test_two_nodes_train_as_one_process_does(bench: Bench, tmp_path: Path) -> No
     """The same global batches; without BatchNorm, which on CPUs knows only its rank's share."""
     settings = [
         "stages.teacher.network={arch: vgg11, base_width: 16}", "data.image_size=32",
-        "stages.teacher.steps=null", "stages.teacher.epochs=3", "stages.teacher.optimizer={lr: 0.01}", "--until", "teacher",
+        "stages.teacher.steps=null", "stages.teacher.epochs=3", "stages.teacher.optimizer={lr: 0.01}",
+        "--until", "teacher",
     ]  # fmt: skip
     here, store = tmp_path / "here", bench.store()
     run(SMALL, *settings, "compute.executor=local", "--store", here)
