@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import HOOK
+from benchmarks.faults import LOG_STEPS
+from benchmarks.injected import injected
 from benchmarks.marked_processes import MARK, marked_processes
 from tests.integration.pbkd_process import ROOT, SECONDS, SMALL, until, with_database
 
@@ -35,8 +36,6 @@ class Cluster:
         self.folder = folder
         self._mark = uuid.uuid4().hex
         (folder / "token").write_text("5" * 64)
-        (folder / "hook").mkdir()
-        (folder / "hook" / "sitecustomize.py").write_text(HOOK)
         self._home = tempfile.TemporaryDirectory(prefix="pbkd-", dir="/tmp")  # a short name, for sockets
         port, self.dashboard = _free_ports(2)
         self._process = subprocess.Popen(
@@ -48,8 +47,8 @@ class Cluster:
             ],
             env=self.environment() | {
                 MARK: self._mark,
-                "PYTHONPATH": str(folder / "hook"),
                 "PBKD_FAULTS_LOG": str(folder / "steps"),
+                **injected(LOG_STEPS, folder / "hook"),
             },
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
