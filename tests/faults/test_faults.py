@@ -1,31 +1,24 @@
 """Real processes, real faults: nothing is lost, nothing corrupt is accepted, no finished stage runs again."""
 
+import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.faults import kill_once, undisturbed
+from benchmarks.injected import injected
+from pipelines.store import Store
+from pipelines.tracking import connect, default_uri, replay
+from tests.faults.long_run import LOCAL, LONG, has_checkpoint, leases
 from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until, with_database
 
-LOCAL = "compute.executor=local"
-LONG = ["stages.teacher.steps=200", "compute.checkpoint_steps=5", "--until", "teacher"]
 KILLS = 2
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(SMALL, LOCAL, *LONG, "--store", with_database(tmp_path_factory.mktemp("undisturbed")))
-
-
-def has_checkpoint(store: Path) -> bool:
-    return any(store.glob("work/*/step-*"))
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -36,26 +29,46 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) 
         assert outcome.survived, number
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
-def test_a_damaged_checkpoint_is_passed_over_with_one_warning(
-    damage: str, expected: dict[str, Any], tmp_path: Path
-) -> None:
-    store = with_database(tmp_path)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a run that was stopped with two checkpoints."""
+    store = with_database(tmp_path_factory.mktemp("stopped"))
     with pbkd("run", SMALL, LOCAL, *LONG, "--store", store) as command:
         until(lambda: len(list(store.glob("work/*/step-*"))) > 1, "two checkpoints")
         command.signal(signal.SIGTERM)
         assert command.wait()[0] == 143
-    newest = max(store.glob("work/*/step-*"))
-    step = newest.name.rpartition("-")[0]
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 2] ^= 1
-    newest.write_bytes({"cut": content[:-9], "flip": content, "empty": b""}[damage])
+    return store
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-9]
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def empty(content: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize("damages", [[flip], [cut, empty]], ids=["the newest", "both"])
+def test_damaged_checkpoints_are_passed_over_with_one_warning(
+    damages: list[Callable[[bytes], bytes]], stopped: Path, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(stopped, store)
+    damaged = sorted(store.glob("work/*/step-*"), reverse=True)[: len(damages)]
+    for path, damage in zip(damaged, damages, strict=True):
+        path.write_bytes(damage(path.read_bytes()))
     with pbkd("run", SMALL, LOCAL, *LONG, "--store", store, "--json") as command:
-        code, _, err = command.wait()
+        code, out, err = command.wait()
     assert code == 0, err
-    assert err.count(f"{step} is damaged") == 1 and err.count("warning") == 1
-    again = run(SMALL, LOCAL, *LONG, "--store", store)
-    assert digests(again) == digests(expected) and set(states(again).values()) == {"reused"}
+    assert err.count("warning") == 1
+    assert all(err.count(f"{path.name.rpartition('-')[0]} is damaged") == 1 for path in damaged)
+    assert ("begins again" in err) == (len(damages) > 1)
+    assert digests(json.loads(out)) == digests(expected)
 
 
 def test_a_suspended_worker_is_replaced(expected: dict[str, Any], tmp_path: Path) -> None:
@@ -65,54 +78,107 @@ def test_a_suspended_worker_is_replaced(expected: dict[str, Any], tmp_path: Path
         until(lambda: has_checkpoint(store), "a checkpoint")
         (worker,) = command.processes("spawn_main")
         os.kill(worker, signal.SIGSTOP)
-        code, _, err = command.wait()
+        code, out, err = command.wait()
     assert code == 0, err
     assert f"process {worker} has not run for 3 s and is ended" in err
+    assert digests(json.loads(out)) == digests(expected)
+
+
+def test_a_second_interrupt_leaves_at_once_and_the_last_checkpoint_counts(
+    expected: dict[str, Any], tmp_path: Path
+) -> None:
+    store = with_database(tmp_path)
+    with pbkd("run", SMALL, LOCAL, *LONG, "--store", store) as command:
+        until(lambda: has_checkpoint(store), "a checkpoint")
+        (worker,) = command.processes("spawn_main")
+        os.kill(worker, signal.SIGSTOP)  # it does not end when it is asked to: the driver has to wait for it
+        command.signal(signal.SIGINT)
+        until(lambda: all(lease["stopping"] for lease in leases(store)), "the orderly end to begin")
+        command.signal(signal.SIGINT)
+        until(command.has_ended, "the driver to leave")
+        os.kill(worker, signal.SIGCONT)
+        assert command.wait() == (130, "", ""), "it did not come to the end of the orderly one"
+        until(lambda: not command.processes(), "the end of every process")
+    assert not any(lease["released"] for lease in leases(store))
     assert digests(run(SMALL, LOCAL, *LONG, "--store", store)) == digests(expected)
 
 
-def test_too_little_memory_is_explained(tmp_path: Path) -> None:
-    absurd = "stages.teacher.network.base_width=200000"  # terabytes
-    with pbkd("run", SMALL, LOCAL, *LONG, absurd, "--store", with_database(tmp_path)) as command:
-        code, out, err = command.wait()
-    assert (code, out) == (1, "")
-    assert "stages.teacher: out of memory" in err and "lower data.batch_size" in err
-    assert "Traceback" not in err
+JUMPING_CLOCK = """
+import os, socket, time
+
+# A day back, right, a day ahead: twice a second another one. The host has another name than its neighbour's,
+# so that neither can see whether the other's processes live.
+_real, _since = time.time, time.monotonic()
+time.time = lambda: _real() + 86400.0 * (int(2 * (time.monotonic() - _since)) % 3 - 1)
+socket.gethostname = lambda: os.environ["PBKD_HOST"]
+"""
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few megabytes, which root may mount."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("only root may mount a small file system")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
-def fill(ballast: Path) -> None:
-    """Write until there is no room left."""
-    with suppress(OSError), ballast.open("wb") as file:
-        while True:
-            file.write(bytes(1 << 12))
-            file.flush()
-
-
-def test_a_full_disk_is_explained_and_the_run_goes_on_when_there_is_room(
-    small_disk: Path, expected: dict[str, Any]
-) -> None:
-    store = with_database(small_disk / "runs")
-    ballast = small_disk / "ballast"
-    with pbkd("run", SMALL, LOCAL, *LONG, "--store", store) as command:
+def test_clocks_that_jump_by_days_take_nobodys_stage_away(expected: dict[str, Any], tmp_path: Path) -> None:
+    store = with_database(tmp_path / "store")
+    clock = injected(JUMPING_CLOCK, tmp_path / "code")
+    arguments = ["run", SMALL, LOCAL, *LONG, "--store", store, "--json"]
+    with pbkd(*arguments, PBKD_HOST="one", **clock) as one:
         until(lambda: has_checkpoint(store), "a checkpoint")
-        fill(ballast)
-        code, _, err = command.wait()
-    assert code == 1 and "No space left on device" in err and "type the same command again" in err, err
-    assert "/pipelines/" not in err, "no traceback of ours; MLflow logs its own"
-    ballast.unlink()
-    again = run(SMALL, LOCAL, *LONG, "--store", store)
-    assert digests(again) == digests(expected)
-    with pbkd("store", "check", "--full", "--store", store, "--json") as check:
-        assert check.succeed()["damaged"] == 0
+        (worker,) = one.processes("spawn_main")
+        os.kill(worker, signal.SIGSTOP)  # until the other has watched for long enough
+        with pbkd(*arguments, "name=other", PBKD_HOST="other", **clock) as other:
+            until(lambda: len(list(store.glob("pipelines/*/journal.jsonl"))) == 2, "the other run to begin")
+            (lease,) = leases(store)
+            until(lambda: leases(store)[0]["counter"] >= lease["counter"] + 3, "three beats of the owner")
+            os.kill(worker, signal.SIGCONT)
+            reports = [one.succeed(), other.succeed()]
+    assert [list(states(report).values()) for report in reports] == [["ran"], ["reused"]]
+    assert digests(reports[0]) == digests(reports[1]) == digests(expected)
+
+
+def test_in_mlflow_a_stage_that_was_finished_before_the_kill_has_one_run_that_never_changed(
+    tmp_path: Path,
+) -> None:
+    with_database(tmp_path)
+    some = [SMALL, LOCAL, "--until", "stabilized", "--store", tmp_path]
+    with pbkd("run", *some) as command:
+        until(lambda: len(list(tmp_path.glob("manifests/*.json"))) > 1, "two finished stages")
+        command.signal(signal.SIGKILL)
+        until(lambda: not command.processes("spawn_main"), "the end of its processes")
+    store = Store(tmp_path)
+    for pipeline_id in store.pipelines():
+        store.journal(pipeline_id).append(
+            {"type": "ended", "status": "stopped"}
+        )  # what the next run begins with
+    replay(default_uri(store), store)
+    before = runs_of(store)
+    finished = store.keys()
+    assert len(finished) > 1 and all(len(before[key]) == 1 for key in finished if key in before)
+    report = run(*some)
+    after = runs_of(store)
+    assert {key: len(found) for key, found in after.items()} == dict.fromkeys(
+        (stage["key"] for stage in report["stages"]), 1
+    )
+    for key in finished:
+        if before.get(key, [{}])[0].get("status") == "FINISHED":
+            assert after[key] == before[key], key
+    reused = {stage["key"] for stage in report["stages"] if stage["state"] == "reused"}
+    assert set(finished) <= reused
+
+
+def runs_of(store: Store) -> dict[str, list[dict[str, Any]]]:
+    """By stage key, what MLflow says of each of its runs, every value of every metric included."""
+    client = connect(default_uri(store))
+    found: dict[str, list[dict[str, Any]]] = {}
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for each in client.search_runs(experiments, max_results=1000):
+        key = each.data.tags.get("pbkd.stage_key")
+        if key is None:
+            continue
+        values = {
+            name: [(metric.step, metric.timestamp, metric.value) for metric in history]
+            for name in each.data.metrics
+            if (history := client.get_metric_history(each.info.run_id, name)) and "latency" not in name
+        }
+        steps = [step for step, *_ in values.get("train_loss", [])]
+        assert len(steps) == len(set(steps)), "no epoch twice"
+        info = each.info
+        about = {"run": info.run_id, "status": info.status, "start": info.start_time, "end": info.end_time}
+        found.setdefault(key, []).append(about | {"values": values})
+    return found

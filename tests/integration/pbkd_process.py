@@ -44,6 +44,10 @@ class Pbkd:
         """Send a signal to the command, or, as Ctrl-C does, to its process group."""
         (os.killpg if group else os.kill)(self._process.pid, number)
 
+    def has_ended(self) -> bool:
+        """Whether the command itself has; what it started may live on, and hold its output open."""
+        return self._process.poll() is not None
+
     def wait(self) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
         out, err = self._process.communicate(timeout=SECONDS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.integration.pbkd_process import MARK, ROOT, SECONDS
 
 PROBE = """
-import json, os, sys
+import http.client, json, os, sys, urllib.error, urllib.request
 from pathlib import Path
 
 from pipelines.ray_executor import RayExecutor
@@ -30,7 +30,7 @@ def answer(address, token):
     return "OK"
 
 def listening():
-    '''Addresses, in the kernel's notation, at which the marked processes listen.'''
+    '''Addresses and ports, in the kernel's notation, at which the marked processes listen.'''
     sockets = set()
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -43,8 +43,20 @@ def listening():
         for line in Path(table).read_text().splitlines()[1:]:
             _, local, _, state, *rest = line.split()
             if state == "0A" and f"socket:[{rest[5]}]" in sockets:
-                found.add(local.split(":")[0])
+                found.add(tuple(local.split(":")))
     return sorted(found)
+
+def job_taken(port):
+    '''The answer to a job given to whatever listens at `port`, by somebody who has no token.'''
+    job = json.dumps({"entrypoint": f"touch {sys.argv[3]}"}).encode()
+    headers = {"Content-Type": "application/json"}
+    try:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/api/jobs/", job, headers)
+        return urllib.request.urlopen(request, timeout=10).status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, http.client.HTTPException):
+        return None  # it does not speak HTTP
 
 def leaks(token):
     '''Where the token can be read by more than its owner: command lines of anybody, logs of Ray.'''
@@ -68,7 +80,10 @@ try:
     address = ray.get_runtime_context().gcs_address
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()
     answers = [answer(address, given) for given in (None, "0" * 64, token)]
-    print(json.dumps({"answers": answers, "listening": listening(), "leaks": leaks(token)}))
+    found = listening()
+    jobs = [job_taken(int(port, 16)) for _, port in found]
+    places = [place for place, _ in found]
+    print(json.dumps({"answers": answers, "listening": places, "jobs": jobs, "leaks": leaks(token)}))
 finally:
     executor.close()
 """
@@ -79,7 +94,7 @@ def test_it_listens_on_loopback_and_answers_only_to_its_token(tmp_path: Path) ->
     store, mark = tmp_path / "runs", f"{MARK}={tmp_path}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     found = subprocess.run(
-        [sys.executable, "-c", PROBE, store, mark],
+        [sys.executable, "-c", PROBE, store, mark, tmp_path / "sprung"],
         cwd=ROOT,
         env=environment | {MARK: str(tmp_path), "HOME": str(tmp_path / "home")},
         capture_output=True,
@@ -90,6 +105,7 @@ def test_it_listens_on_loopback_and_answers_only_to_its_token(tmp_path: Path) ->
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout.splitlines()[-1])
     assert report["answers"] == ["UNAUTHENTICATED", "UNAUTHENTICATED", "OK"]
+    assert not {200, 201, 202}.intersection(report["jobs"]) and not (tmp_path / "sprung").exists()
     assert report["leaks"] == []
     assert report["listening"] != []
     assert set(report["listening"]) <= LOOPBACK
