@@ -116,7 +116,7 @@ def test_find_says_what_it_looked_for(store: Store) -> None:
     with pytest.raises(UserError, match="2 stages"):
         store.find(KEY[:8])
     for reference in ("abab", "nonsense", "../manifests", "99" * 32, ""):
-        with pytest.raises(UserError, match="looked for: 6.* digits of a stage key"):
+        with pytest.raises(UserError, match=r"looked for: 6.* digits of a stage key"):
             store.find(reference)
 
 
