@@ -24,20 +24,24 @@ def stopping() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's
         return
-    is_asked = False
+    asked: Stop | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal is_asked
-        if is_asked:
+        nonlocal asked
+        if asked is not None:
             if number == signal.SIGINT:
                 os._exit(128 + number)
             return
-        is_asked = True
-        raise Stop(number)
+        asked = Stop(number)
+        raise asked
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
+    except KeyboardInterrupt as error:
+        if asked is None or error is asked:
+            raise
+        raise asked from error  # Ray raises one of its own where it was waiting
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -50,7 +50,8 @@ def pareto_figure(record: SearchRecord, objective: Objective, teacher: Manifest 
             if cost == "macs":
                 axes.xaxis.set_major_formatter(lambda value, _: human(value))
             axes.set(xlabel=COSTS[cost], ylabel="validation accuracy, %")
-            axes.legend(loc="lower right")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         figure.suptitle(record.name)
         return _png(figure)
 
@@ -59,7 +60,7 @@ def importance_figure(importance: Mapping[str, Mapping[str, float]]) -> bytes:
     """The share of each key in the variance of each measure, as bars."""
     keys = sorted({key for shares in importance.values() for key in shares}, reverse=True)
     with rc_context(STYLE):
-        figure = Figure((8.0, 0.8 + 0.45 * len(keys)), layout="constrained")
+        figure = Figure((8.0, 1.1 + 0.45 * len(keys)), layout="constrained")
         axes, height = figure.subplots(), 0.8 / len(importance)
         for number, (measure, shares) in enumerate(importance.items()):
             places = [place - number * height for place in range(len(keys))]
@@ -67,7 +68,7 @@ def importance_figure(importance: Mapping[str, Mapping[str, float]]) -> bytes:
             axes.barh(places, widths, height, color=LINES[number][0], label=measure)
         axes.set_yticks([place - 0.4 + height / 2 for place in range(len(keys))], keys)
         axes.set(xlabel="share of the variance between trials (fANOVA)", xlim=(0, 1))
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=len(importance))
         return _png(figure)
 
 

@@ -17,13 +17,14 @@ from pipelines.latency import Latencies
 from pipelines.recipe import as_written
 from pipelines.store import Manifest, Store
 from tune_spaces.figures import importance_figure, pareto_figure
+from tune_spaces.objective import Objective
 from tune_spaces.record import SearchRecord, Trial
 from tune_spaces.sampling import frozen
 from tune_spaces.search import Search
 from tune_spaces.space import Space
 
-FEWEST = 4
-"""Finished trials from which the importance of a key can be told."""
+FEWEST = 8
+"""Finished trials from which the importance of a key is told: of fewer, a forest finds what is not there."""
 MEASURED = ("val_accuracy", "macs", "params", "latency_ms")
 
 
@@ -112,7 +113,7 @@ def write(search: Search, store: Store) -> Results:
             winners.append(Winner(trial, manifest, latencies.of(manifest).get("latency_ms"), file))
     key = subject.graph.nodes[subject.graph.teacher].key
     teacher = store.manifest(key) if key is not None else None
-    importance = importances(search)
+    importance = importances(list(record.trials.values()), search.space, objective)
     files = {"trials": record.folder / "trials.csv", "pareto": record.folder / "pareto.png"}
     files["trials"].write_text(_csv(record, search.space, {winner.trial.number for winner in winners}))
     files["pareto"].write_bytes(pareto_figure(record, objective, teacher))
@@ -124,22 +125,22 @@ def write(search: Search, store: Store) -> Results:
     )
 
 
-def importances(search: Search) -> dict[str, dict[str, float]]:
+def importances(trials: Sequence[Trial], space: Space, objective: Objective) -> dict[str, dict[str, float]]:
     """Share of each key in the variance of each measure (fANOVA); of what does not vary, nothing."""
-    trials = [trial for trial in search.record.trials.values() if trial.outcome == "finished"]
+    trials = [trial for trial in trials if trial.outcome == "finished"]
     keys = [
         parameter.key
-        for parameter in search.space.parameters
+        for parameter in space.parameters
         if len({str(trial.params[parameter.key]) for trial in trials}) > 1
     ]
     if len(trials) < FEWEST or len(keys) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(directions=[measure.direction for measure in search.objective.measures])
-    study.add_trials([frozen(trial, search.space, search.objective) for trial in trials])
+    study = optuna.create_study(directions=[measure.direction for measure in objective.measures])
+    study.add_trials([frozen(trial, space, objective) for trial in trials])
     found = {}
-    for place, measure in enumerate(search.objective.measures):
-        if len({search.objective.values(trial.values)[place] for trial in trials}) > 1:
+    for place, measure in enumerate(objective.measures):
+        if len({objective.values(trial.values)[place] for trial in trials}) > 1:
             shares = get_param_importances(
                 study,
                 evaluator=FanovaImportanceEvaluator(seed=0),

@@ -108,7 +108,7 @@ class Search:
         store: Store,
         watch: Watch,
     ) -> None:
-        """Open the record. Raises UserError if the search was begun with something else."""
+        """Open the record."""
         self.subject, self.space, self.objective, self.options = subject, space, objective, options
         self._store, self._watch = store, watch
         self.record = SearchRecord(store, options.name)

@@ -10,6 +10,7 @@ from pipelines.recipe import load_recipe
 from pipelines.store import Store
 from tune_spaces.objective import Objective, objective_of
 from tune_spaces.record import SearchRecord, Trial
+from tune_spaces.results import importances
 from tune_spaces.sampling import Drawn, Listed, dealt, open_trials
 from tune_spaces.space import Parameter, Space, open_space
 from tune_spaces.subject import Subject
@@ -160,6 +161,21 @@ def test_winners_are_the_best_or_those_that_nothing_beats() -> None:
     trials += [ended(5, 99, 10, "over"), ended(6, 99, 10, "stopped")]
     assert [trial.number for trial in Objective(goals=("accuracy",)).winners(trials)] == [2]
     assert [trial.number for trial in Objective(goals=("accuracy", "macs")).winners(trials)] == [2, 0]
+
+
+def test_the_key_that_matters_is_told_and_one_that_never_changed_is_left_out() -> None:
+    trials = []
+    for number in range(16):
+        first, second = number % 4 / 4 + 0.25, number // 4 / 4 + 0.25
+        trial = ended(number, 90 + 8 * first, 50 * second)
+        trial.params = {"stages.a.width": first, "stages.b.width": second, "stages.c.width": 0.5}
+        trials.append(trial)
+    choices = (0.25, 0.5, 0.75, 1.0)
+    space = Space("own", tuple(Parameter(key=f"stages.{name}.width", choices=choices) for name in "abc"))
+    found = importances(trials, space, ALL)
+    assert found["val_accuracy"]["stages.a.width"] > 0.9 and found["macs"]["stages.b.width"] > 0.9
+    assert "stages.c.width" not in found["macs"]
+    assert importances(trials[:7], space, ALL) == {}
 
 
 # Drawing
