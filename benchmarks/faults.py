@@ -50,7 +50,7 @@ COLUMNS = (
 POLL_SECONDS = 0.02
 LONGEST_SECONDS = 600.0
 WORKERS = {"local": "spawn_main", "ray": "ray::RayTrainWorker"}
-LOG_STEPS = '''
+LOG_STEPS = """
 import os
 
 def change(module):
@@ -65,7 +65,7 @@ def change(module):
     module._Training.take_step = logged
 
 when_imported("pbkd.engine.loop", change)
-'''
+"""
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,20 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
 import torch
 
 from pipelines import cli
@@ -36,13 +38,16 @@ from tune_spaces.objective import Objective
 from tune_spaces.record import SearchRecord, Trial, pipeline_of
 from tune_spaces.sampling import Trials
 from tune_spaces.search import Options, Search, Watch
-from tune_spaces.searcher import RecordingSearcher
 from tune_spaces.space import open_space
 from tune_spaces.subject import Plan, Subject
+
+if TYPE_CHECKING:
+    from tune_spaces.searcher import RecordingSearcher
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "pipelines" / "recipes" / "digits.yaml"
 SPACE = ROOT / "benchmarks" / "tune_sharing.yaml"
+NAME = "sharing"
 RESULTS = ROOT / "benchmarks" / "results" / "tune_sharing.csv"
 COLUMNS = (
     "trials", "stages_requested", "stages_run", "seconds_shared", "seconds_alone", "ratio", "work_ratio",
@@ -96,10 +101,20 @@ class Alone(Search):
 
 
 def searched(kind: type[Search], place: Path, trials: int, at_once: int) -> tuple[SearchRecord, float]:
-    """The record of a search on a new store, and how long its trials took."""
+    """The record of a search on a new store, and how long its trials took; in a process of its own.
+
+    Ray reads its token once in a process, and each store has its own.
+    """
     store = Store(shutil.copytree(place / "base", place / kind.__name__.lower()))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        seconds = pool.submit(_search, kind, place, store.location, trials, at_once).result()
+    return SearchRecord(store, NAME), seconds
+
+
+def _search(kind: type[Search], place: Path, location: str, trials: int, at_once: int) -> float:
+    store = Store(location)
     subject = Subject.of(RECIPE, load_recipe(RECIPE, ["smoke=true"]), store, store.root / "cache")
-    clock, options = Clock(), Options("sharing", trials, "fixed", 0, at_once, early_stop=False)
+    clock, options = Clock(), Options(NAME, trials, "fixed", 0, at_once, early_stop=False)
     search = kind(
         subject,
         open_space(str(SPACE), subject),
@@ -110,8 +125,9 @@ def searched(kind: type[Search], place: Path, trials: int, at_once: int) -> tupl
     )
     if isinstance(search, Alone):
         search.stores = place
-    search.run()
-    return search.record, clock.seconds
+    with redirect_stdout(sys.stderr):
+        search.run()
+    return clock.seconds
 
 
 def measure(trials: int, at_once: int) -> dict[str, Any]:
@@ -126,7 +142,7 @@ def measure(trials: int, at_once: int) -> dict[str, Any]:
         shared, seconds_shared = searched(Search, place, trials, at_once)
         seconds: dict[str, list[float]] = {}
         for trial in alone.trials.values():
-            store = Store(place / pipeline_of("sharing", trial.number))
+            store = Store(place / pipeline_of(NAME, trial.number))
             for name in trial.ran:
                 manifest = store.manifest(trial.stages[name])
                 assert manifest is not None, "it ran"
@@ -148,7 +164,7 @@ def measure(trials: int, at_once: int) -> dict[str, Any]:
         "load_before": round(load, 1),
         "processor": processor(),
         "torch": torch.__version__,
-        "ray": ray.__version__,
+        "ray": version("ray"),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
