@@ -1,19 +1,20 @@
 # Two commands do everything on a machine with Python 3.11 or newer, git and make:
-#   make demo    compress a network, from nothing to the result table
+#   make demo    compress a network, from nothing to the result table and a report
 #   make test    every check
 # Both install first, into .venv; nothing outside this folder is touched, except that root on Debian gets python3-venv
-# when it is missing, and what FFCV is built from (make ffcv, a part of make test). `make setup PYTHON=/path/to/python3` chooses the interpreter.
+# when it is missing, what FFCV is built from and Chromium (make ffcv and make browser, parts of make test). `make setup PYTHON=/path/to/python3` chooses the interpreter.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup ffcv demo test lint clean
+.PHONY: help setup ffcv browser demo test lint clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 FFCV := .venv/.ffcv
 FFCV_PACKAGES := g++ pkg-config libturbojpeg0-dev libopencv-dev
+BROWSER_PACKAGES := chromium fonts-dejavu-core
 PYTHON ?=
 RECIPE := pipelines/recipes/digits.yaml
 
@@ -92,6 +93,19 @@ $(FFCV): $(STAMP)
 	fi
 	touch $@
 
+# The tests of what a person sees drive Debian's Chromium; root on Debian gets it.
+browser:
+	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+	    echo "browser: installing Debian's $(BROWSER_PACKAGES)"
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	        $(BROWSER_PACKAGES); } >.venv/browser.log 2>&1 || tail -n 5 .venv/browser.log >&2
+	fi
+	if ! command -v chromium >/dev/null; then
+	    echo "browser: there is no Chromium, and it is installed only by root on Debian or Ubuntu:" >&2
+	    echo "      sudo apt-get install --no-install-recommends $(BROWSER_PACKAGES); then: make browser" >&2
+	    exit 1
+	fi
+
 demo: setup
 	@$(BIN)/pbkd run $(RECIPE)
 
@@ -105,6 +119,7 @@ lint: setup
 # Without FFCV its tests are skipped, which pytest says once more at the end.
 test: lint
 	@$(MAKE) --no-print-directory ffcv || echo "WARNING: no FFCV, so its tests will be SKIPPED; the reason stands above" >&2
+	$(MAKE) --no-print-directory browser || echo "WARNING: no browser, so its tests will be SKIPPED; the reason stands above" >&2
 	echo "== pytest"
 	$(BIN)/pytest || { echo "FAILED: pytest" >&2; exit 1; }
 

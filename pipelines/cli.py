@@ -184,7 +184,8 @@ def report(
     which: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE|PIPELINE_ID]", help="What was run; without it the store's latest pipeline."
+            metavar="[RECIPE|PIPELINE_ID|SEARCH]",
+            help="What was run; without it the store's latest pipeline.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -197,23 +198,30 @@ def report(
     allow_import: AllowImport = False,
     json_: Machine = False,
 ) -> None:
-    """Write one HTML page about a pipeline: results, figures, lineage. It needs no network to be read.
+    """Write one HTML page about a pipeline or a search: results, figures, lineage. It needs no network.
 
     The figures lie beside it as PNG files. `pbkd ui` shows both in MLflow too.
     """
     from pbkd.errors import UserError
     from pipelines.reporting.facts import gather
     from pipelines.reporting.page import compose
-    from pipelines.reporting.write import leave_report, write
+    from pipelines.reporting.search_facts import gather_search
+    from pipelines.reporting.search_page import compose_search
+    from pipelines.reporting.write import PAGE, leave_report, write
 
     opened = _required(store)
-    identity, command = _reported(which, overrides or [], opened)
-    if out is None:
-        written = leave_report(opened, identity, command)
+    if which is not None and which in opened.searches():
+        about, found = {"search": which}, compose_search(gather_search(opened, which))
+        written = write(found, out or opened.search(which) / PAGE)
     else:
-        written = write(compose(gather(opened, identity), command), out)
+        identity, command = _reported(which, overrides or [], opened)
+        about = {"pipeline": identity}
+        if out is None:
+            written = leave_report(opened, identity, command)
+        else:
+            written = write(compose(gather(opened, identity), command), out)
     page, figures = str(written.page), [str(figure) for figure in written.figures]
-    typer.echo(json.dumps({"path": page, "pipeline": identity, "figures": figures}) if json_ else page)
+    typer.echo(json.dumps({"path": page, **about, "figures": figures}) if json_ else page)
     if open_ and not webbrowser.open(written.page.as_uri()):
         raise UserError(f"{page}: is written, but no browser was found to show it; open it yourself")
 

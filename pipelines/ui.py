@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from pbkd.errors import StageError, UserError
+from pipelines.reporting.facts import gather
 from pipelines.store import Store
 from pipelines.tracking import read_ids, replay
 from pipelines.views import compare_url, run_url, view_url
@@ -31,7 +32,7 @@ def pages(store: Store, server: str) -> dict[str, str]:
     for pipeline_id in store.pipelines():
         ids = read_ids(store, pipeline_id)
         if ids.get("experiment_id"):
-            runs = [stage["run_id"] for stage in ids["stages"].values()]
+            runs = [ids["stages"][key]["run_id"] for key in _keys(store, pipeline_id) if key in ids["stages"]]
             return {
                 "table": view_url(server, ids["experiment_id"], charts=False),
                 "charts": view_url(server, ids["experiment_id"], charts=True),
@@ -39,6 +40,14 @@ def pages(store: Store, server: str) -> dict[str, str]:
                 "report": run_url(server, ids["experiment_id"], ids["pipeline_run"]),
             }
     return {}
+
+
+def _keys(store: Store, pipeline_id: str) -> list[str]:
+    """The stages of a pipeline in the order in which they are worth comparing."""
+    stages = gather(store, pipeline_id).stages.values()
+    ranks = {"teacher": 0, "student": 1, "baseline": 2, "stage": 3}
+    ordered = sorted(stages, key=lambda stage: ranks[stage.role])
+    return list(dict.fromkeys(stage.key for stage in ordered if stage.key is not None))
 
 
 def serve(store: Store, uri: str, port: int = 5000, show: Callable[[str], None] = print) -> None:

@@ -9,8 +9,12 @@ import torch
 
 from pbkd.engine import Row
 from pbkd.measure import evaluate, nonzero_macs, nonzero_params, peak_memory_mb, reset_peak_memory
-from pbkd.networks import BlockNetwork, cost_of
+from pbkd.networks import BlockNetwork, FeatureNetwork, cost_of, feature_shapes
+from pbkd.objectives import local_feature
 from pbkd.stages.base import Context, Stage, Unplanned
+
+FEATURE_IMAGES = 128
+FEATURE_BATCH = 16  # features of all blocks of two networks are held at once
 
 
 @dataclass(frozen=True)
@@ -67,4 +71,29 @@ def run_stage(stage: Stage, context: Context) -> StageResult:
         metrics |= {"macs_ratio": 1.0, "params_ratio": 1.0}
     peak = torch.tensor(peak_memory_mb(device), dtype=torch.float64, device=device)
     metrics["memory_peak_mb"] = float(context.session.max(peak))
+    if teacher is not None:  # last: what it needs is not what the stage needed
+        metrics |= _feature_errors(network, teacher, context)
     return StageResult(network.cpu(), metrics, context.history)
+
+
+@torch.inference_mode()
+def _feature_errors(network: BlockNetwork, teacher: BlockNetwork, context: Context) -> dict[str, float]:
+    """`feature_error_K` of every block K: L_local in the unit `relative`, mean of the same test images.
+
+    Each network is fed by its own blocks. Empty where their features have other shapes.
+    """
+    if feature_shapes(network.spec) != feature_shapes(teacher.spec):
+        return {}
+    count = min(FEATURE_IMAGES, context.data.sizes["test"])
+    # Shuffled, as the files of a folder come class after class; by seed 0, so that stages compare.
+    reader = context.data.reader("test", count, 0, device=context.session.device, shuffle=True)
+    try:
+        images, _ = next(iter(reader))
+    finally:
+        reader.close()
+    student, original = FeatureNetwork(network), FeatureNetwork(teacher)
+    sums = torch.zeros(len(network.blocks), device=images.device)
+    for batch in images.split(FEATURE_BATCH):
+        pairs = zip(student(batch).blocks, original(batch).blocks, strict=True)
+        sums += torch.stack([local_feature(mine, theirs, "relative").sum() for mine, theirs in pairs])
+    return {f"feature_error_{block}": value / count for block, value in enumerate(sums.tolist(), 1)}

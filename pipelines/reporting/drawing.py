@@ -82,16 +82,15 @@ class Canvas:
         self.points: list[tuple[str, str]] = []
 
     def point(self, axes: Axes, x: float, y: float, stage: StageFacts, says: str, **style: Any) -> None:
-        """The marker of a stage; it becomes `<g class="point" data-stage="NAME">` with a title."""
+        """The marker of a stage."""
         role = ROLES[stage.role]
-        look: dict[str, Any] = {
-            "color": role.colour,
-            "marker": role.marker,
-            "markersize": role.size,
-            "zorder": 3,
-        }
-        axes.plot([x], [y], linestyle="", gid=f"point{len(self.points)}", **(look | style))
-        self.points.append((stage.name, says))
+        look = {"color": role.colour, "marker": role.marker, "markersize": role.size}
+        self.mark(axes, x, y, stage.name, says, **(look | style))
+
+    def mark(self, axes: Axes, x: float, y: float, name: str, says: str, **look: Any) -> None:
+        """A marker that becomes `<g class="point" data-stage="NAME">` with a title."""
+        axes.plot([x], [y], linestyle="", gid=f"point{len(self.points)}", **({"zorder": 3} | look))
+        self.points.append((name, says))
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.resources import files
+from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipelines.quantities import duration, human
 from pipelines.reporting import figures, training_figures
@@ -16,6 +16,7 @@ from pipelines.reporting.facts import PipelineFacts, Shock, StageFacts, shock_gr
 from pipelines.reporting.pipeline_figure import pipeline_figure
 from pipelines.reporting.reproduce import commands, provenance, recipe_of
 
+HERE = Path(__file__).parent
 NOTHING = "–"
 MINUS = "\N{MINUS SIGN}"
 SHOWN_DIGITS = 12
@@ -92,10 +93,6 @@ QUALITIES = (
 
 def compose(facts: PipelineFacts, command: str | None = None) -> Report:
     """The page and its figures. `command` is what was typed to run the recipe, if it is known."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(_text("page.html"))
     overview = pipeline_figure(facts)
     trades = [
         drawing
@@ -115,8 +112,8 @@ def compose(facts: PipelineFacts, command: str | None = None) -> Report:
         for stage in facts.stages.values()
         if stage.series(training_figures.LOSS) or stage.series(training_figures.ACCURACY)
     ]
-    html = template.render(
-        style=_text("page.css"),
+    html = fill(
+        "page.html",
         facts=facts,
         headline=headline(facts),
         cards=cards(facts),
@@ -143,6 +140,19 @@ def compose(facts: PipelineFacts, command: str | None = None) -> Report:
     sheet = [training_figures.curve_sheet(trained)] if trained else []
     singles = [drawing for drawing in (fidelity, errors) if drawing is not None]
     return Report(html, [overview, *trades, *singles, *shocks, *losses, *sheet])
+
+
+def fill(template: str, **content: object) -> str:
+    """A page from one of this package's templates."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = (HERE / "page.css").read_text("utf-8")
+    return environment.get_template(template).render(style=style, **content)
 
 
 def headline(facts: PipelineFacts) -> str:
@@ -192,10 +202,6 @@ def cards(facts: PipelineFacts) -> list[Card]:
             Card("agreement with the teacher", f"{agreement:.2f}\N{NO-BREAK SPACE}%", "of test images")
         )
     return found
-
-
-def _text(name: str) -> str:
-    return files("pipelines.reporting").joinpath(name).read_text("utf-8")
 
 
 def _signed(value: float) -> str:

@@ -33,7 +33,7 @@ class Written:
 
 def write(report: Report, path: Path) -> Written:
     """Write page and figures; absolute paths. Raises UserError if that cannot be."""
-    path = path.expanduser().absolute()
+    path = path.expanduser().resolve()
     folder = path.with_name(f"{path.stem}_figures")
     content = report.html.encode()
     digest, figures = hashlib.sha256(content), []

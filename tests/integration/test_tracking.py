@@ -12,11 +12,17 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
+from mlflow.models import Model
 
+from pbkd import artifact
+from pbkd.networks import fresh
 from pipelines.cli import main
 from pipelines.lease import try_acquire
+from pipelines.reporting.write import leave_report
 from pipelines.store import Store
 from pipelines.tracking import Tracker, connect, default_uri, read_ids, replay
 from tests.integration.recorded_pipeline import (
@@ -32,6 +38,7 @@ from tests.integration.recorded_pipeline import (
     publish,
     record_pipeline,
 )
+from tests.unit.small_networks import random_norms, small_resnet
 
 OTHER = "f00dfeed0001"
 
@@ -126,6 +133,47 @@ def test_students_and_baselines_are_registered_and_the_best_student_is_the_champ
     assert [key for key, (_, is_champion) in versions.items() if is_champion] == [keys(1)["small"]]
     tags, _ = versions[keys(1)["scratch"]]
     assert (tags["pbkd.role"], tags["macs"], tags["test_accuracy"]) == ("baseline", "200", "96.2")
+
+
+def test_a_registered_network_says_what_it_is_and_what_goes_in_and_out(store: Store) -> None:
+    record_pipeline(store)
+    network = random_norms(fresh(small_resnet(), 0))
+    artifact.save(network, store.artifact(digest("artifact", "small", 0)))
+    Tracker(default_uri(store), store, PIPELINE).project()
+    client = connect(default_uri(store))
+    version = client.get_model_version_by_alias("digits", "champion")
+    assert "The student `small` (prune): 97.30 % on the test set" in version.description
+    assert "5.00x fewer" in version.description and digest("artifact", "small", 0) in version.description
+    folder = unquote(urlsplit(version.source).path)
+    model = Model.load(folder)
+    assert model.get_input_schema().inputs[0].shape == (-1, *network.spec.input_shape)
+    example = json.loads(Path(folder, "serving_input_example.json").read_text())["inputs"]["images"]
+    stored = json.loads((store.artifact(digest("artifact", "small", 0)) / "spec.json").read_text())["probe"]
+    with torch.no_grad():
+        found = network.eval()(torch.tensor(example))[0]
+    assert found.tolist() == pytest.approx(stored, abs=1e-3), "the example gives the logits that are stored"
+    assert model.get_output_schema().inputs[0].shape == (-1, len(found))
+
+
+def test_a_pipelines_run_has_its_latest_report_the_data_and_the_student(store: Store) -> None:
+    record_pipeline(store)
+    uri, client = default_uri(store), connect(default_uri(store))
+    assert replay(uri, store) == [PIPELINE] and replay(uri, store) == []
+    for command in ("pbkd run one.yaml", "pbkd run other.yaml"):
+        written = leave_report(store, PIPELINE, command)
+        assert leave_report(store, PIPELINE, command) == written, "the same again is no new report"
+        assert replay(uri, store) == [PIPELINE] and replay(uri, store) == []
+        run_id = read_ids(store, PIPELINE)["pipeline_run"]
+        assert command in Path(client.download_artifacts(run_id, "report.html")).read_text()
+        figures = {file.path for file in client.list_artifacts(run_id, "report_figures")}
+        assert figures == {f"report_figures/{path.name}" for path in written.figures}
+    run = client.get_run(run_id)
+    assert "The student, small, reaches 97.30" in run.data.tags["mlflow.note.content"]
+    assert [given.dataset.name for given in run.inputs.dataset_inputs] == ["digits"]
+    (student,) = run.outputs.model_outputs
+    assert client.get_logged_model(student.model_id).name == "small"
+    written.page.unlink()
+    assert replay(uri, store) == [], "a report that is gone is no reason to write again"
 
 
 def test_writing_again_changes_nothing(store: Store) -> None:

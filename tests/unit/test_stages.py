@@ -13,7 +13,15 @@ from safetensors.torch import save_file
 from pbkd.data import DataSettings
 from pbkd.engine import LocalSession, Precision, Stopped
 from pbkd.errors import UserError
-from pbkd.networks import BlockNetwork, NetworkSettings, architecture, fresh, weights_digest
+from pbkd.networks import (
+    BlockNetwork,
+    FeatureNetwork,
+    NetworkSettings,
+    architecture,
+    fresh,
+    weights_digest,
+)
+from pbkd.objectives import local_feature
 from pbkd.stages import (
     AnyStage,
     Block,
@@ -28,6 +36,7 @@ from pbkd.stages import (
     Train,
     run_stage,
 )
+from pbkd.stages.run import FEATURE_IMAGES
 from tests.unit.small_networks import digits, random_norms, small_bottleneck, small_resnet, small_vgg
 
 info = DataSettings(name="digits").describe()
@@ -83,6 +92,24 @@ def test_block_replaces_one_block_and_leaves_the_rest_bitwise(kind: str, init: s
         run(stage, from_=teacher, teacher=teacher).network.state_dict().keys()
         == result.network.state_dict().keys()
     )
+
+
+def test_the_features_of_every_block_are_compared_with_the_teachers() -> None:
+    teacher, data = network_of(), digits(limit=100)
+    result = run(Block(block=2, epochs=0, init_images=40), from_=teacher, teacher=teacher)
+    reader = data.reader("test", data.sizes["test"], 0)
+    images, _ = next(iter(reader))
+    reader.close()
+    mine, theirs = (FeatureNetwork(network)(images).blocks for network in (result.network, teacher))
+    expected = {
+        f"feature_error_{block}": pytest.approx(float(local_feature(*pair, "relative").mean()), rel=1e-4)
+        for block, pair in enumerate(zip(mine, theirs, strict=True), 1)
+    }
+    found = {name: value for name, value in result.metrics.items() if name.startswith("feature_error")}
+    assert len(images) <= FEATURE_IMAGES and found == expected
+    assert found["feature_error_1"] == 0 < found["feature_error_2"]
+    pruned = run(Prune(macs=0.5, scope="all", recalibrate_images=40), from_=teacher, teacher=teacher)
+    assert not any(name.startswith("feature_error") for name in pruned.metrics), "channels differ"
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_others() -> None:
