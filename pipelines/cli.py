@@ -160,7 +160,11 @@ def lineage(
     if json_:
         typer.echo(json.dumps({"chain": rows}))
     else:
-        _print_chain(rows)
+        from rich.console import Console
+
+        from pipelines.display import chain_table
+
+        Console().print(chain_table(rows))
 
 
 @app.command(epilog="Example: pbkd ui --port 5001")
@@ -390,27 +394,6 @@ def _run_report(result: PipelineResult) -> dict[str, Any]:
         "baselines": list(graph.baselines),
         "stages": stages,
     }
-
-
-def _print_chain(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="from the network back to the teacher", title_justify="left", pad_edge=False)
-    for column in ("stage", "kind", "key", "made from", "MLflow run", "data"):
-        table.add_column(column, no_wrap=True)
-    names = {row["key"]: row["stage"] for row in rows}
-    for row in rows:
-        made_from = ", ".join(f"{given['role']}: {names[given['key']]}" for given in row["inputs"])
-        table.add_row(
-            row["stage"],
-            row["kind"],
-            row["key"][:12],
-            made_from,
-            (row["run_id"] or "")[:8],
-            (row["data_digest"] or "")[:8],
-        )
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -190,6 +190,25 @@ def plan_table(rows: list[dict[str, Any]], name: str) -> Table:
     return table
 
 
+def chain_table(rows: list[dict[str, Any]]) -> Table:
+    """From a network back to the teacher."""
+    table = Table(title="from the network back to the teacher", title_justify="left", pad_edge=False)
+    for column in ("stage", "kind", "key", "made from", "MLflow run", "data"):
+        table.add_column(column, no_wrap=True)
+    names = {row["key"]: row["stage"] for row in rows}
+    for row in rows:
+        made_from = ", ".join(f"{given['role']}: {names[given['key']]}" for given in row["inputs"])
+        table.add_row(
+            row["stage"],
+            row["kind"],
+            row["key"][:12],
+            made_from,
+            (row["run_id"] or "")[:8],
+            (row["data_digest"] or "")[:8],
+        )
+    return table
+
+
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column in columns:
