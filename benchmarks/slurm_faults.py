@@ -44,6 +44,19 @@ TRAINING = (
     f"compute.checkpoint_steps={INTERVAL}", "--until", "teacher",
 )  # fmt: skip
 LONGEST_SECONDS = 600.0
+SLOW_SECONDS = 40.0
+SLOW_STORE = """
+def slow_down(module):
+    import time
+    for name in ("read", "create", "replace", "append", "names"):
+        def slow(self, *given, _method=getattr(module.Folder, name), **named):
+            if os.path.exists(os.environ["PBKD_FAULTS_SLOW"]):
+                time.sleep(1.0)
+            return _method(self, *given, **named)
+        setattr(module.Folder, name, slow)
+
+when_imported("pbkd.storage", slow_down)
+"""
 POLL_SECONDS = 0.1
 
 
@@ -121,7 +134,8 @@ class Job:
             MARK: self._mark,
             "PBKD_FAULTS_LOG": str(store.parent / "steps"),
             "PBKD_SLURM_PROFILES": str(_profile(store.parent)),
-            **injected(LOG_STEPS, store.parent / "hook"),
+            "PBKD_FAULTS_SLOW": str(store.parent / "slow"),
+            **injected(LOG_STEPS + SLOW_STORE, store.parent / "hook"),
         }
         self._environment = os.environ | bench.lab.environment | environment
         self.submitted_at = time.time()
@@ -261,6 +275,14 @@ def head_node_blinks(job: Job, bench: Bench) -> None:
     _lose(bench, "n1", until_noticed=False)
 
 
+def store_slow(job: Job, bench: Bench) -> None:
+    """Each operation on the shared folder takes a second longer, for a while; nobody is to give up."""
+    slow = job.store.parent / "slow"
+    slow.touch()
+    time.sleep(SLOW_SECONDS)
+    slow.unlink()
+
+
 def task_killed(job: Job, bench: Bench) -> None:
     """The supervisor on the first node gets SIGKILL, as from the kernel when memory is short."""
     pids = job.processes("submitit.core._submit")
@@ -279,6 +301,7 @@ FAULTS: dict[str, Callable[[Job, Bench], None]] = {
         worker_node_blinks,
         head_node_lost,
         head_node_blinks,
+        store_slow,
     )
 }
 
@@ -292,7 +315,8 @@ def suffer(bench: Bench, *faults: str) -> Outcome:
         job.wait_for_steps(2 * INTERVAL)
         begun, former, done_at = job.status()["begun"], job.workers(), time.time()
         FAULTS[fault](job, bench)
-        recovery = job.wait_for_other_workers(former) - done_at
+        if fault != "store_slow":  # which the workers are to live through
+            recovery = job.wait_for_other_workers(former) - done_at
         is_restarted = job.status()["begun"] > begun
         queued = job.event("begun", -1) - done_at if is_restarted else None
     end = job.wait()
