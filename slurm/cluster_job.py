@@ -51,6 +51,7 @@ class ClusterJob:
     Attributes:
         command: what is typed after `pbkd`.
         folder: where it was typed.
+        jobs: where the job's folder is, named by its id.
         environment: Python, packages and code there; every node has to have the same.
         grace: seconds between the signal of an end that comes and the end.
         temporary: a folder of each node alone, with a short name.
@@ -59,6 +60,7 @@ class ClusterJob:
 
     command: tuple[str, ...]
     folder: Path
+    jobs: Path
     environment: Fingerprint
     grace: float
     temporary: Path
@@ -73,6 +75,9 @@ class ClusterJob:
         self._run = run = _Run(self, task)
         try:
             code = run.lead() if task.global_rank == 0 else run.follow()
+        except NodeLost as error:
+            log.error("%s", error)
+            raise SystemExit(1) from error  # it is for Slurm, or for `after_step`, to requeue
         except UncompletedJobError as error:  # submitit, in its handler of the signal
             write_end(run.place, End(140, f"{error} Submit it again: it goes on from its last checkpoint."))
             raise
@@ -91,7 +96,7 @@ class _Run:
     """One task of the job, from its start to its end or requeue."""
 
     def __init__(self, job: ClusterJob, task: submitit.JobEnvironment) -> None:
-        self.place: Path = task.paths.folder
+        self.place = job.jobs / task.job_id
         self._job, self._task = job, task
         self._restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self._meeting = self.place / f"meeting-{self._restart}.json"
@@ -129,7 +134,7 @@ class _Run:
                 note(self.place, "requeued", restart=self._restart, why="preempted")
                 scheduler.requeue()
                 time.sleep(REQUEUE_SECONDS)  # Slurm ends it here
-            raise NodeLost("Slurm ends this job, and nobody has cancelled it")  # it, or after_step, requeues
+            raise NodeLost("Slurm ends this job, and nobody has cancelled it")
         write_end(self.place, End(code, reason if code == 1 else None))
         end = read_end(self.place)
         assert end is not None, "just written"

@@ -216,7 +216,7 @@ def _launch(
     """Submit, and say what was submitted and what to type next."""
     from pipelines.store import open_storage
     from slurm.launcher import Submission
-    from slurm.records import folder_of_jobs
+    from slurm.records import folder_of_jobs, read_end
     from slurm.views import follow_log
 
     place = open_storage(store).location()
@@ -241,7 +241,10 @@ def _launch(
         where = "" if "PBKD_STORE" in os.environ or store == DEFAULT_STORE else f" --store {store}"
         for record in records:
             typer.echo(f"submitted {record.id}; next: pbkd slurm logs {record.id} --follow{where}")
-    if follow and (code := max(follow_log(place, record.id, 0) for record in records)):
+    codes = [follow_log(place, record.id, 0) for record in records if follow]
+    if executor == "debug":  # they have ended, and their logs were seen
+        codes = [end.code for record in records if (end := read_end(submission.jobs / record.id)) is not None]
+    if code := max(codes, default=0):
         raise typer.Exit(code)
 
 

@@ -121,6 +121,7 @@ class Submission:
         return ClusterJob(
             command=command,
             folder=Path.cwd(),
+            jobs=self.jobs,
             environment=Fingerprint.here(),
             grace=allocation.grace_seconds,
             temporary=allocation.temporary,

@@ -106,7 +106,7 @@ def state(jobs: Path, record: JobRecord) -> str:
         return {0: "finished", 1: "failed", 2: "refused"}.get(end.code, "stopped")
     if record.executor == "slurm":
         return _slurm_state(record.id)
-    return "running" if _is_alive(int(record.id)) else "lost"
+    return "running" if record.executor == "local" and _is_alive(int(record.id)) else "lost"
 
 
 def _slurm_state(id_: str) -> str:
