@@ -105,42 +105,45 @@ class _Run:
         self._node: RayNode | None = None
 
     def lead(self) -> int:
-        """The first task: head of the cluster and the command; again if the cluster is lost."""
+        """The first task: head of the cluster, and the command. Raises NodeLost if it is not the end."""
         hosts = list(self._task.hostnames)
         note(self.place, "begun", restart=self._restart, nodes=hosts)
-        code, reason = 1, None
-        differences = self._job.environment.differences(Fingerprint.here())
-        if differences and self._restart:  # somebody works on the code while a job runs
-            log.warning("since the job was submitted, this has changed: %s", ", ".join(differences))
-        for _ in range(RESTARTS + 1):
-            if differences and not self._restart:
-                self._refuse(differences, "the machine where it was submitted")
-                break
-            try:
-                code = self._once(hosts)
-                break
-            except ClusterLost as error:
-                reason = f"the Ray cluster was lost {RESTARTS + 1} times: {error}"
-                log.warning("%s; it is begun again", error)
-                note(self.place, "cluster lost", why=str(error))
-            except _Over:
-                break
-            finally:
-                self._end_processes()
-        if code not in FINAL and not self._is_cancelled():
-            note(self.place, "stopped", restart=self._restart, code=code)
+        found = self._attempts(hosts)
+        if found.code not in FINAL and not self._is_cancelled():
+            note(self.place, "stopped", restart=self._restart, code=found.code)
             self.close()
             if scheduler.is_preempted():
                 note(self.place, "requeued", restart=self._restart, why="preempted")
                 scheduler.requeue()
                 time.sleep(REQUEUE_SECONDS)  # Slurm ends it here
             raise NodeLost("Slurm ends this job, and nobody has cancelled it")
-        write_end(self.place, End(code, reason if code == 1 else None))
+        write_end(self.place, found)
         end = read_end(self.place)
         assert end is not None, "just written"
         log.info("ended with code %d%s", end.code, f": {end.reason}" if end.reason else "")
         note(self.place, "ended", code=end.code)
         return end.code
+
+    def _attempts(self, hosts: list[str]) -> End:
+        """Run the command, in another cluster if the first is lost."""
+        differences = self._job.environment.differences(Fingerprint.here())
+        if differences and self._restart:  # somebody works on the code while a job runs
+            log.warning("since the job was submitted, this has changed: %s", ", ".join(differences))
+        elif differences:
+            return self._refusal(differences, "the machine where it was submitted")
+        end = End(1)
+        for _ in range(RESTARTS + 1):
+            try:
+                return End(self._once(hosts))
+            except ClusterLost as error:
+                end = End(1, f"the Ray cluster was lost {RESTARTS + 1} times: {error}")
+                log.warning("%s; it is begun again", error)
+                note(self.place, "cluster lost", why=str(error))
+            except _Over:
+                return end  # somebody has declared another
+            finally:
+                self._end_processes()
+        return end
 
     def follow(self) -> int:
         """Another task: a node of the cluster, started again if it dies, until the head says it is over."""
@@ -149,8 +152,9 @@ class _Run:
         while True:
             meeting = Meeting.read(self._meeting)
             if meeting is not None and (differences := meeting.environment.differences(here)):
-                self._refuse(differences, "the first node")
-                return 2
+                refusal = self._refusal(differences, "the first node")
+                write_end(self.place, refusal)
+                return refusal.code
             if meeting is not None and meeting.address is None:
                 end = read_end(self.place)
                 return end.code if end is not None else 0
@@ -244,11 +248,11 @@ class _Run:
         if read_end(self.place) is not None:
             raise _Over
 
-    def _refuse(self, differences: list[str], where: str) -> None:
-        """Declare the end: this node would not compute the same as others."""
+    def _refusal(self, differences: list[str], where: str) -> End:
+        """This node would not compute the same as others."""
         reason = f"node {socket.gethostname()} has {', '.join(differences)} ({where})"
-        write_end(self.place, End(2, f"{reason}; use one Python environment on a shared folder"))
         log.error("refused: %s", reason)
+        return End(2, f"{reason}; use one Python environment on a shared folder")
 
     def _new_node(self, token: str, towards: str | None) -> RayNode:
         job = self._job
