@@ -1,6 +1,7 @@
 # Two commands do everything on a machine with Python 3.11 or newer, git and make:
 #   make demo    compress a network, from nothing to the result table and a report
 #   make test    every check
+# And make docs builds the documentation's site into build/site.
 # Both install first, into .venv; nothing outside this folder is touched, except that root on Debian gets python3-venv
 # when it is missing, what FFCV is built from and Chromium (make ffcv and make browser, parts of make test). `make setup PYTHON=/path/to/python3` chooses the interpreter.
 
@@ -8,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup ffcv browser demo test lint clean
+.PHONY: help setup ffcv browser demo docs test lint clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -108,6 +109,10 @@ browser:
 
 demo: setup
 	@$(BIN)/pbkd run $(RECIPE)
+
+# Its warnings are errors (mkdocs.yml); the variable silences an advertisement of the theme's makers.
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "docs: build/site/index.html"
 
 # Each tool once; the first that fails ends it and is named in the last line.
 lint: setup

@@ -20,6 +20,7 @@ import typer
 
 from pipelines.data_commands import app as data_app
 from pipelines.export_command import export
+from pipelines.init_command import init
 from pipelines.inspect_command import AllowImport, inspect
 from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption
 from pipelines.store_commands import app as store_app
@@ -47,6 +48,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(data_app, name="data")
+app.command(epilog="Example: pbkd init torchvision/resnet18 --data photos --weights mine.pt")(init)
 app.command(epilog="Example: pbkd inspect torchvision/resnet50 --width 0.5 --width 0.25")(inspect)
 app.command(epilog="Example: pbkd export runs/artifacts/0123abcd... --dynamic-batch")(export)
 app.add_typer(store_app, name="store")

@@ -1,0 +1,156 @@
+"""`pbkd init`: a recipe for one's own network and data. Imports what is heavy only when called."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.inspect_command import AllowImport
+
+if TYPE_CHECKING:
+    from pbkd.data import DataSettings
+
+TEMPLATE = "recipe_template.yaml.jinja"
+KNOWN_DATA = ("digits", "cifar10", "cifar100")
+LARGE_SIDE = 128
+
+
+def init(
+    arch: Annotated[
+        str,
+        typer.Argument(
+            metavar="ARCH", help="resnet56, torchvision/NAME, timm/NAME or package.module:function."
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FOLDER|NAME", help="Folder with train/CLASS and val/CLASS; or digits, cifar10, cifar100."
+        ),
+    ],
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Your network's: safetensors, or a saved state_dict.")
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="The library's own weights, for the same classes.")
+    ] = False,
+    image_size: Annotated[
+        int | None, typer.Option(min=8, help="Height and width of a folder's images; default 224.")
+    ] = None,
+    root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where a CIFAR lies.")] = Path("data"),
+    epochs: Annotated[int, typer.Option(min=1, help="Of distillation, the longest stage.")] = 20,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml", help="Default: NAME.yaml, by network and data.", show_default=False
+        ),
+    ] = None,
+    allow_import: AllowImport = False,
+) -> None:
+    """Write a recipe, with comments, that makes a network smaller; what it names is tried out before.
+
+    Without weights the network is trained first.
+    """
+    from pbkd.errors import UserError
+
+    if weights is not None and pretrained:
+        raise UserError("--pretrained: --weights gives the network's weights already; leave one of them out")
+    settings = _data_settings(data, root, image_size)
+    name = "_".join(
+        re.sub(r"\W+", "_", part).strip("_").lower() for part in (re.split("[/:]", arch)[-1], Path(data).name)
+    )
+    path = out or Path(f"{name}.yaml")
+    if path.exists():
+        raise UserError(f"{path}: is there already; remove it, or name another file with --out")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another file with --out")
+    text = _render(path, name, arch, settings, weights, pretrained, epochs)
+    _try_out(text, weights)
+    path.write_text(text, encoding="utf-8")
+    command = shlex.join(["pbkd", "plan", str(path)])
+    typer.echo(f"{path}\nnext:  {command}    {command.replace(' plan ', ' run ', 1)}")
+
+
+def _data_settings(data: str, root: Path, image_size: int | None) -> DataSettings:
+    from pydantic import ValidationError
+
+    from pbkd.data import DataSettings
+    from pbkd.errors import UserError
+
+    given: dict[str, Any] = {"name": data, "root": None if data == "digits" else root}
+    if data not in KNOWN_DATA:
+        if not Path(data).is_dir():
+            raise UserError(
+                f"--data {data}: no such folder; give one with train/CLASS and val/CLASS, or one of "
+                f"{', '.join(KNOWN_DATA)}"
+            )
+        given = {"name": "folder", "root": Path(data)}
+    try:
+        return DataSettings(**given, image_size=image_size)
+    except ValidationError as error:
+        raise UserError(f"--data {data}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+
+
+def _render(
+    path: Path,
+    name: str,
+    arch: str,
+    settings: DataSettings,
+    weights: Path | None,
+    pretrained: bool,
+    epochs: int,
+) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from pbkd.networks import architecture, settings_of
+
+    info = settings.describe()
+    blocks = len(architecture(settings_of(arch), info.input_shape, info.num_classes).blocks)
+    block_epochs, recovery = max(1, epochs // 10), max(1, epochs // 2)
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    return templates.get_template(TEMPLATE).render(
+        path=path,
+        name=name,
+        arch=arch,
+        data=settings.name,
+        root=None if settings.root is None else str(settings.root),
+        channels=info.input_shape[0],
+        side=info.input_shape[1],
+        classes=info.num_classes,
+        mean=list(info.mean),
+        std=list(info.std),
+        batch_size=32 if info.input_shape[1] >= LARGE_SIDE else 64,
+        weights=None if weights is None else str(weights),
+        pretrained=pretrained,
+        epochs=epochs,
+        block_epochs=block_epochs,
+        recovery_epochs=recovery,
+        total=blocks * block_epochs + 1 + epochs + 1 + recovery,
+    )
+
+
+def _try_out(text: str, weights: Path | None) -> None:
+    """Plan the recipe, without its data, and put the weights into the network: both fail here or never."""
+    from pbkd.artifact import read_tensors
+    from pbkd.networks import load_weights
+    from pbkd.networks.weights import empty
+    from pipelines.graph import build_graph
+    from pipelines.recipe import load_recipe
+
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "recipe.yaml"
+        file.write_text(text, encoding="utf-8")
+        graph = build_graph(load_recipe(file), None, Path(scratch))
+    spec = graph.nodes[graph.teacher].spec
+    if weights is not None and spec is not None:
+        load_weights(empty(spec), read_tensors(weights), str(weights))

@@ -1,0 +1,216 @@
+"""Every code block and every command of README, CONTRIBUTING and docs: run, or listed here with the reason.
+
+A document is worked through from top to bottom in a folder of its own, with the recipes and a store in
+which the demo was run in small. Python blocks run as one program. Of commands, `RUN` are run as they are,
+with what `SHORTENED` adds to keep them short; `PLANNED` are planned, with all their arguments; the rest is
+in `ELSEWHERE`. What is in none of them fails.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.cli import main
+from tests.integration.document_blocks import DOCUMENTS, ROOT, Block, blocks_of
+
+DIGITS = "pipelines/recipes/digits.yaml"
+WALK = ROOT / "docs" / "guides" / "walk.md"
+SMALL = ("smoke=true", "compute.executor=local", "compute.concurrency=1")
+FEW_IMAGES = (*SMALL, "stages.pruned.init_images=64", "stages.blocks.init_images=64")
+
+RUN = ("pbkd inspect", "pbkd init", "pbkd plan", "pbkd run", "pbkd report", "pbkd lineage", "pbkd export",
+       "pbkd store")  # fmt: skip
+SHORTENED = {
+    f"pbkd run {DIGITS}": SMALL,
+    f"pbkd report {DIGITS}": SMALL,
+    "pbkd run resnet18_photos.yaml": FEW_IMAGES,
+    "pbkd report resnet18_photos.yaml": FEW_IMAGES,
+}
+WITHOUT = ("--open",)  # no test opens a browser on the desktop of whoever runs it
+# Whole commands that differ from one that is run by what is tested on its own: planned, arguments and all.
+PLANNED = {
+    f"pbkd run {DIGITS} seed=1": "the same again",
+    f"pbkd run {DIGITS} --until distilled": "test_run",
+    f"pbkd run {DIGITS} compute.fuse=false": "Ray: test_run",
+    f"pbkd run {DIGITS} compute.executor=local": "as the first run, here",
+    "pbkd run pipelines/recipes/cifar10_vgg16.yaml smoke=true data.root=~/data": "test_recipes: needs data",
+    "pbkd run small_digits.yaml --allow-import": "test_own_module runs such a network",
+    "pbkd run resnet18_photos.yaml": "run in guides/walk.md, as it must be for digits",
+    "pbkd report resnet18_photos.yaml": "the same",
+}
+ELSEWHERE = {
+    "python own_network.py": "the fixture `own` runs it, for all documents",
+    "git clone": "the checkout these tests are in",
+    "sudo ": "installs for the whole machine",
+    "pip install": "installs; make setup does in CI",
+    "export ": "settings of the shell",
+    "pbkd data ": "test_data_commands: needs a CIFAR, or betons",
+    "pbkd ui": "test_ui: serves until it is ended",
+    "pbkd run pipelines/recipes/digits.yaml --store s3://": "test_storage: needs a bucket",
+    "pbkd tune": "test_tune: minutes",
+    "mlflow models serve": "test_export_command",
+    "curl ": "test_export_command",
+}
+# Of documents that may say them or not, as long as these are written.
+CLUSTERS = {
+    "pbkd slurm": "tests/slurm: needs a Slurm",
+    "ray ": "test_run_ray_cluster",
+    "sbatch": "tests/slurm",
+    "squeue": "tests/slurm",
+    "scancel": "tests/slurm",
+    "pbkd bench": "test_bench",
+    "python -m benchmarks.": "hours; test_bench, test_paired_seeds",
+}
+JSON_WITH_GAPS = "…"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first run of the demo leaves."""
+    folder = tmp_path_factory.mktemp("store")
+    command = [sys.executable, "-m", "pipelines.cli", "run", DIGITS, *SMALL, "--store", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stranger's images and network, by the program of the walk, in one epoch."""
+    folder = tmp_path_factory.mktemp("own")
+    (program,) = [block for block in blocks_of(WALK) if block.file == "own_network.py"]
+    (folder / "own_network.py").write_text(program.text.replace("EPOCHS = 4", "EPOCHS = 1"))
+    subprocess.run([sys.executable, "own_network.py"], cwd=folder, env=_environment(), check=True)
+    return folder
+
+
+@pytest.fixture
+def sandbox(store: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to type in, as if it were the checkout's, with a store of its own."""
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "recipes").symlink_to(ROOT / "pipelines" / "recipes")
+    shutil.copytree(store, tmp_path / "runs")
+    (tmp_path / "photos").symlink_to(own / "photos")
+    (tmp_path / "resnet18.pt").symlink_to(own / "resnet18.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PBKD_ALLOW_IMPORT", "0")  # so that what --allow-import sets is taken back
+    monkeypatch.delenv("PBKD_STORE", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+@pytest.mark.timeout(900)
+def test_every_block_does_what_it_says(
+    document: Path, sandbox: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = blocks_of(document)
+    program = "\n".join(block.text for block in blocks if block.language == "python" and block.file is None)
+    if program and not document.match("architecture.md"):  # there: signatures, not a program
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{document.name}: {done.stderr[-2000:]}"
+    for block in blocks:
+        if block.file is not None:
+            (sandbox / block.file).write_text(block.text)
+        elif block.language == "console":
+            for command in block.commands():
+                _typed(command, block, capsys)
+        elif block.language == "yaml":
+            _check_recipe(block, sandbox)
+        elif block.language == "json" and JSON_WITH_GAPS not in block.text:
+            json.loads(block.text)
+        else:
+            assert block.language in ("", "json", "python"), f"{block.place}: what is {block.language}?"
+            assert not block.commands(), f"{block.place}: commands belong into a console block"
+
+
+def _typed(command: str, block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    """Type a command of a document, or plan it, or find the reason not to."""
+    words = [_meant(word) for word in shlex.split(command)]
+    if words[0].startswith(".venv/bin/"):
+        words[0] = words[0].removeprefix(".venv/bin/")
+        command = command.removeprefix(".venv/bin/")
+    if words[0] == "make":
+        targets = {word for word in words[1:] if "=" not in word}
+        assert targets <= _targets(), f"{block.place}: the Makefile has no {targets}"
+        return
+    if any(command.startswith(known) for known in [*ELSEWHERE, *CLUSTERS]):
+        return
+    assert command.startswith(RUN), f"{block.place}: '{command}' is neither run nor listed; see ELSEWHERE"
+    words = [word for word in words[1:] if word not in WITHOUT]
+    if command in PLANNED:
+        words[0] = "plan"
+    else:
+        known = max((start for start in SHORTENED if command.startswith(start)), key=len, default=None)
+        words += SHORTENED[known] if known else ()
+    code = main(words)
+    out, err = capsys.readouterr()
+    assert code == 0, f"{block.place}: '{command}' ended with {code}: {err[-2000:]}"
+    assert out.strip(), f"{block.place}: '{command}' says nothing"
+
+
+def _targets() -> set[str]:
+    """What make can make. Not even a dry run: that calls make again, and so the tests."""
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    return set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def _meant(word: str) -> str:
+    """What stands for something of the reader's own, in the store of these tests."""
+    keys = _keys()
+    if word in ("RUN_OR_ARTIFACT", "STAGE_KEY", "5efe06138d9c"):
+        return keys["recovered"]
+    return keys["scratch"] if word == "0123abcd4567" else word
+
+
+def _keys() -> dict[str, str]:
+    """Stage key by name, of the latest pipeline."""
+    journals = sorted(Path("runs").glob("pipelines/*/journal.jsonl"), key=lambda path: path.stat().st_mtime)
+    lines = journals[-1].read_text().splitlines()
+    return {row["name"]: row["key"] for row in map(json.loads, lines) if row["type"] == "finished"}
+
+
+def _check_recipe(block: Block, sandbox: Path) -> None:
+    content = yaml.safe_load(block.text)
+    assert isinstance(content, dict), f"{block.place}: a part of a recipe"
+    if "stages" in content:
+        path = sandbox / "block.yaml"
+        path.write_text(block.text)
+        assert main(["plan", str(path)]) == 0, block.place
+
+
+def test_a_command_that_nobody_listed_is_noticed(sandbox: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("pbkd frobnicate", "rm -rf runs"):
+        block = Block("console", None, f"$ {command}   # a comment\noutput\n", "here:1")
+        assert block.commands() == [command]
+        with pytest.raises(AssertionError, match="neither run nor listed"):
+            _typed(command, block, capsys)
+    with pytest.raises(AssertionError, match="ended with 2"):
+        _typed("pbkd plan nowhere.yaml", Block("console", None, "", "here:1"), capsys)
+    with pytest.raises(AssertionError, match="the Makefile has no"):
+        _typed("make nonsense", Block("console", None, "", "here:1"), capsys)
+
+
+def test_nothing_is_listed_that_no_document_says() -> None:
+    said = [command.removeprefix(".venv/bin/") for path in DOCUMENTS for block in blocks_of(path)
+            for command in block.commands()]  # fmt: skip
+    listed: Sequence[str] = [*RUN, *SHORTENED, *PLANNED, *ELSEWHERE]
+    assert [start for start in listed if not any(command.startswith(start) for command in said)] == []
