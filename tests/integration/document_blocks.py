@@ -21,8 +21,9 @@ class Block:
     place: str
 
     def commands(self) -> list[str]:
-        """What is typed: the lines after a prompt, without comments."""
-        lines = [line for line in self.text.splitlines() if line.startswith("$ ")]
+        """What is typed: the lines after a prompt, and those they go on in, without comments."""
+        text = re.sub(r"\\\n\s*", "", self.text)
+        lines = [line for line in text.splitlines() if line.startswith("$ ")]
         return [_COMMENT.sub("", line.removeprefix("$ ")).strip() for line in lines]
 
 

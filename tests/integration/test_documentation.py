@@ -3,7 +3,7 @@
 A document is worked through from top to bottom in a folder of its own, with the recipes and a store in
 which the demo was run in small. Python blocks run as one program. Of commands, `RUN` are run as they are,
 with what `SHORTENED` adds to keep them short; `PLANNED` are planned, with all their arguments; the rest is
-in `ELSEWHERE`. What is in none of them fails.
+in `ELSEWHERE`, where pbkd's own have their arguments read. What is in none of them fails.
 """
 
 import json
@@ -15,11 +15,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 
-from pipelines.cli import main
+from pipelines.cli import _add_registered, app, main
 from tests.integration.document_blocks import DOCUMENTS, ROOT, Block, blocks_of
 
 DIGITS = "pipelines/recipes/digits.yaml"
@@ -149,6 +151,8 @@ def _typed(command: str, block: Block, capsys: pytest.CaptureFixture[str]) -> No
         assert targets <= _targets(), f"{block.place}: the Makefile has no {targets}"
         return
     if any(command.startswith(known) for known in [*ELSEWHERE, *CLUSTERS]):
+        if words[0] == "pbkd":
+            _parse(words[1:])
         return
     assert command.startswith(RUN), f"{block.place}: '{command}' is neither run nor listed; see ELSEWHERE"
     words = [word for word in words[1:] if word not in WITHOUT]
@@ -161,6 +165,15 @@ def _typed(command: str, block: Block, capsys: pytest.CaptureFixture[str]) -> No
     out, err = capsys.readouterr()
     assert code == 0, f"{block.place}: '{command}' ended with {code}: {err[-2000:]}"
     assert out.strip(), f"{block.place}: '{command}' says nothing"
+
+
+def _parse(words: list[str]) -> None:
+    """Read a command's arguments, as it would be run; raises if it has no such option."""
+    _add_registered()
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "get_command"):
+        command = command.get_command(None, words.pop(0))
+    command.make_context("pbkd", words)
 
 
 def _targets() -> set[str]:
@@ -205,6 +218,8 @@ def test_a_command_that_nobody_listed_is_noticed(sandbox: Path, capsys: pytest.C
             _typed(command, block, capsys)
     with pytest.raises(AssertionError, match="ended with 2"):
         _typed("pbkd plan nowhere.yaml", Block("console", None, "", "here:1"), capsys)
+    with pytest.raises(typer.TyperException, match="--noodes"):
+        _typed("pbkd slurm run RECIPE --noodes 2", Block("console", None, "", "here:1"), capsys)
     with pytest.raises(AssertionError, match="the Makefile has no"):
         _typed("make nonsense", Block("console", None, "", "here:1"), capsys)
 
