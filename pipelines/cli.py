@@ -162,11 +162,9 @@ def lineage(
     if json_:
         typer.echo(json.dumps({"chain": rows}))
     else:
-        from rich.console import Console
-
         from pipelines.display import chain_table
 
-        Console().print(chain_table(rows))
+        _output().print(chain_table(rows))
 
 
 @app.command(epilog="Example: pbkd ui --port 5001")
