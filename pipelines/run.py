@@ -69,9 +69,9 @@ def run_pipeline(
                 store.records(identity).replace(RECIPE, OmegaConf.to_yaml(recipe).encode())
                 _run(driver, executor, latencies)
             report = _report(store, identity) if with_report else None
-        except (UserError, StageError):
-            if with_report:
-                _report(store, identity)
+        except (UserError, StageError) as error:
+            if with_report and (report := _report(store, identity)) is not None:
+                raise type(error)(f"{error}\nwhat there is of it: {report}") from error
             raise
         except KeyboardInterrupt:
             patience = MLFLOW_SECONDS_WHEN_STOPPED

@@ -127,6 +127,12 @@ class PipelineFacts:
         """Teacher, student and baselines: the finished stages that have a role."""
         return [stage for stage in self.finished if stage.role != "stage"]
 
+    @property
+    def leading(self) -> list[StageFacts]:
+        """The stages whose accuracies figures have room for; what is far below them may stand at the foot."""
+        student = self.stages[self.student]
+        return self.finished if student.manifest is None else self.compared
+
     def path(self, name: str) -> list[str]:
         """From the first stage to `name`, each starting from the one before it."""
         names = [name]

@@ -54,7 +54,8 @@ def _trade_off(
 ) -> None:
     axes = canvas.figure.subplots()
     highest = max(accuracy for _, _, accuracy in places)
-    lowest = min((accuracy for stage, _, accuracy in places if stage.role != "stage"), default=highest)
+    leading = [stage.name for stage in facts.leading]
+    lowest = min((accuracy for stage, _, accuracy in places if stage.name in leading), default=highest)
     margin = max(0.15 * (highest - lowest), 0.25)
     foot = lowest - 2 * margin
     axes.set_ylim(foot - margin / 2, highest + margin)

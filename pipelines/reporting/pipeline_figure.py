@@ -183,9 +183,9 @@ class _Scale:
 
     def __init__(self, facts: PipelineFacts, left: float, right: float) -> None:
         values = [found for stage in facts.finished if (found := stage.value("test_accuracy")) is not None]
-        compared = [found for stage in facts.compared if (found := stage.value("test_accuracy")) is not None]
+        leading = [found for stage in facts.leading if (found := stage.value("test_accuracy")) is not None]
         self._high = max(values, default=100.0)
-        self._low = min(compared, default=self._high)
+        self._low = min(leading, default=self._high)
         margin = max(0.15 * (self._high - self._low), 0.2)
         self._low, self._high = self._low - 2 * margin, self._high + margin
         self._left, self._right = left, right

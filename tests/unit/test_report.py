@@ -12,6 +12,7 @@ from PIL import Image
 from pipelines.cli import main
 from pipelines.reporting.facts import gather, shock_groups
 from pipelines.reporting.page import NOTHING, compose, headline
+from pipelines.reporting.tree import tree
 from pipelines.reporting.write import write
 from pipelines.store import Input, Manifest, Store
 from tests.integration.recorded_pipeline import digest, journal_of, publish
@@ -146,6 +147,19 @@ def test_charts_have_a_point_for_every_stage_on_every_screen(html: str) -> None:
     assert set(points["feature_error", "wide"]) == set()
     curves = {figure for figure, _ in points if figure.startswith("curves")}
     assert len(curves) == len(STAGES) - len(UNTRAINED)
+
+
+def test_the_tree_forks_where_the_pipeline_does_and_follows_the_student_first(store: Store) -> None:
+    placed = [(name, branch.lane, branch.source) for name, branch in tree(gather(store, PIPELINE)).items()]
+    assert placed == [
+        ("teacher", 0, None),
+        ("blocks.1", 1, "teacher"),
+        ("stabilized", 2, "blocks.1"),
+        ("two_stage", 2, "stabilized"),
+        ("one_stage", 2, "blocks.1"),
+        ("pruned", 1, "teacher"),
+        ("recovered", 1, "pruned"),
+    ]
 
 
 def test_every_figure_of_the_page_is_a_file_too(store: Store, tmp_path: Path) -> None:
