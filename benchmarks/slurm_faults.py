@@ -331,8 +331,8 @@ def cancelled(bench: Bench) -> Outcome:
     job = Job(bench, store, *TRAINING)
     job.wait_for_steps(2 * INTERVAL)
     bench.lab.ask("scancel", job.id)
-    end = job.wait()
-    is_stopped = end["code"] == 143 and end["begun"] == 1 and job.is_clean()
+    is_stopped = job.is_clean() and job.status()["begun"] == 1
+    is_stopped = is_stopped and job.status()["state"] in ("stopped", "cancelled")
     again = Job(bench, store, *TRAINING)
     again.wait_for_steps(1)
     recovery = time.time() - again.submitted_at

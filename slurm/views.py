@@ -25,6 +25,7 @@ from slurm.records import (
 
 POLL_SECONDS = 0.5
 CANCEL_SECONDS = 120.0
+CANCELLED = 143
 ON_ITS_WAY = ("pending", "running", "completing", "configuring", "requeued", "suspended", "stopped")
 
 
@@ -100,6 +101,8 @@ def follow_log(store: str, job: str, node: int) -> int:
             if now != known:
                 sys.stderr.write(f"job {job} is {now}\n")
                 known = now
+            if now == "cancelled":  # and killed before it could say so
+                return CANCELLED
             if now not in ON_ITS_WAY and read_end(jobs / job) is None:
                 raise UserError(
                     f"job {job}: {now}, and nobody declared its end; see {jobs / job}\n"
@@ -117,13 +120,13 @@ def cancel(store: str, job: str) -> str:
         (folder / CANCEL).touch()
         if record.executor == "slurm" and state(jobs, record) == "pending":
             scheduler.ask("scancel", "--state=PENDING", job)
-            write_end(folder, End(143, "cancelled before it began"))
+            write_end(folder, End(CANCELLED, "cancelled before it began"))
         deadline = time.monotonic() + CANCEL_SECONDS
         while read_end(folder) is None and time.monotonic() < deadline and state(jobs, record) in ON_ITS_WAY:
             time.sleep(POLL_SECONDS)
         if read_end(folder) is None and record.executor == "slurm":
             scheduler.ask("scancel", job)
-            write_end(folder, End(143, "cancelled"))
+            write_end(folder, End(CANCELLED, "cancelled"))
     return state(jobs, record)
 
 
