@@ -178,7 +178,7 @@ class Folder:
     def names(self, name: str = "") -> list[str]:
         try:
             found = [path.name for path in (self.path / name).iterdir()]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(each for each in found if not each.startswith("."))
 

@@ -111,8 +111,12 @@ class Store:
 
     @staticmethod
     def exists(location: str | Path) -> bool:
-        """Whether there is a store."""
-        return "manifests" in open_storage(location).names()
+        """Whether there is a store. Raises UserError if it may not be looked at."""
+        storage = open_storage(location)
+        try:
+            return "manifests" in storage.names()
+        except PermissionError as error:
+            raise UserError(f"store {location}: cannot be used: {error.strerror}\n{storage.cure}") from error
 
     @property
     def location(self) -> str:
