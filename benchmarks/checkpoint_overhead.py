@@ -76,7 +76,7 @@ def measure(name: str, rounds: int) -> tuple[int, float]:
         for round_ in range(rounds + 1):
             folder = Path(place) / str(round_)
             without = seconds(name, LocalSession())
-            having = seconds(name, LocalSession(folder, checkpoint_steps=EVERY))
+            having = seconds(name, LocalSession(folder, checkpoint_steps=2 * EVERY))
             if round_:  # the first round warms up
                 added.append((having - without) / CHECKPOINTS)
         size = max(folder.glob("step-*")).stat().st_size

@@ -57,7 +57,7 @@ class Compute(Precision):
         concurrency: jobs at the same time; `auto`: as many as the cores hold.
         max_failures: how often a job may lose a worker and go on.
         checkpoint_seconds: time between checkpoints of a training.
-        checkpoint_steps: optimizer steps between them; whichever comes first. null: time alone decides.
+        checkpoint_steps: killed, a training repeats no more steps than these. null: time alone decides.
         watchdog_seconds: a worker that makes no step, or does not run, for so long is ended and replaced.
         measure_compiled: measure latency by torch.compile too, about half a minute for each architecture.
     """

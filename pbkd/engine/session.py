@@ -64,7 +64,8 @@ class LocalSession:
         rank: of this process.
         world_size: number of ranks; above 1, `torch.distributed` must be initialized.
         checkpoint_seconds: time between checkpoints.
-        checkpoint_steps: optimizer steps between them; whichever comes first. None: time alone decides.
+        checkpoint_steps: killed, a training repeats no more optimizer steps than these: checkpoints are begun
+            twice as often, as one may still be being written. None: time alone decides.
         should_stop: asked before every step.
         pause: told when no step is under way any more.
     """
@@ -97,7 +98,7 @@ class LocalSession:
         """Whether enough seconds or steps have passed since the last checkpoint (rank 0)."""
         if self._checkpoints is None or self.rank != 0:
             return False
-        if self._steps is not None and step - self._saved_step >= self._steps:
+        if self._steps is not None and step - self._saved_step >= max(1, self._steps // 2):
             return True
         return time.monotonic() - self._saved_at >= self._seconds
 
@@ -105,6 +106,8 @@ class LocalSession:
         """Begin to write a checkpoint (rank 0), when the one before it is written."""
         if self.rank == 0 and self._writer is not None:
             self._writer.save(state)
+            if self._steps == 1:
+                self._writer.wait()
         self._saved_at, self._saved_step = time.monotonic(), state.step
 
     def commit(self) -> None:

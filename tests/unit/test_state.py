@@ -3,6 +3,7 @@
 import io
 import logging
 import pickle
+import threading
 from hashlib import sha256
 from pathlib import Path
 
@@ -164,13 +165,13 @@ def test_what_cannot_be_written_is_raised_at_the_latest_by_commit(tmp_path: Path
     assert found is not None and found.step == 1
 
 
-def test_a_checkpoint_is_due_after_its_steps_or_its_seconds(tmp_path: Path) -> None:
-    by_steps = LocalSession(tmp_path, checkpoint_steps=3)
+def test_a_checkpoint_is_due_after_half_its_steps_or_its_seconds(tmp_path: Path) -> None:
+    by_steps = LocalSession(tmp_path, checkpoint_steps=6)
     assert [by_steps.due(step) for step in range(4)] == [False, False, False, True]
     by_steps.save(state(3))
     by_steps.commit()
     assert [by_steps.due(step) for step in (3, 5, 6)] == [False, False, True]
-    resumed = LocalSession(tmp_path, checkpoint_steps=3)
+    resumed = LocalSession(tmp_path, checkpoint_steps=6)
     resumed.restore()
     assert [resumed.due(step) for step in (3, 5, 6)] == [False, False, True]
     assert LocalSession(tmp_path, checkpoint_seconds=0.0).due(0)
@@ -204,3 +205,35 @@ def test_captured_state_is_independent_and_complete(name: str) -> None:
         value for entry in its_optimizer.state.values() for value in entry.values() if value.dim() == 4
     ]
     assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in restored)
+
+
+class Slow(Folder):
+    """Writes only when it is let."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.let = threading.Semaphore(0)
+
+    def replace(self, name: str, content: bytes, sync: bool = True) -> None:
+        self.let.acquire()
+        super().replace(name, content, sync)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 3, 8])
+def test_no_more_steps_than_the_interval_are_at_stake_however_slow_the_disk_is(
+    interval: int, tmp_path: Path
+) -> None:
+    slow = Slow(tmp_path)
+    session = LocalSession(slow, checkpoint_steps=interval)
+    worst = saved = 0
+    for step in range(1, 30):  # as the loop does: a step is taken, then what is due is saved
+        found = Checkpoints(Folder(tmp_path)).restore()  # what a kill at this moment would leave
+        worst = max(worst, step - (found.step if found else 0))
+        if session.due(step):
+            if saved or interval == 1:
+                slow.let.release()  # each is written at the last moment: when the next is to be begun
+            session.save(state(step))
+            saved += 1
+    slow.let.release()
+    session.commit()
+    assert 0 < worst <= interval
