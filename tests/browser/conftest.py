@@ -16,6 +16,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from tests.integration.pbkd_process import ROOT, pbkd, with_database
+from tests.integration.pbkd_process import SECONDS as STEP_SECONDS
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
 SECONDS = 120_000.0  # milliseconds: of a busy machine
@@ -113,7 +114,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     (command,) = re.findall(r"^\.venv/bin/pbkd (run .*)$", typed.stdout, re.MULTILINE)
     small = ("smoke=true", "compute.executor=local", "--store", store)
     with pbkd(*command.split(), *small) as run:
-        code, out, err = run.wait()
+        code, out, err = run.wait(4 * STEP_SECONDS)  # sixteen stages
     assert code == 0, err
     return Demo(store, out.splitlines()[-4:])
 

@@ -7,7 +7,7 @@ from playwright.sync_api import expect
 
 from tests.browser.conftest import Demo, Look
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]  # the first one makes the demo
 
 PHONE, DESKTOP = 390, 1440
 CHARTS = ("pipeline", "accuracy_macs", "accuracy_latency", "accuracy_latency_batch32")

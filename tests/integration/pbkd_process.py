@@ -48,9 +48,9 @@ class Pbkd:
         """Whether the command itself has; what it started may live on, and hold its output open."""
         return self._process.poll() is not None
 
-    def wait(self) -> tuple[int, str, str]:
+    def wait(self, seconds: float = SECONDS) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        out, err = self._process.communicate(timeout=SECONDS)
+        out, err = self._process.communicate(timeout=seconds)
         return self._process.returncode, out, err
 
     def succeed(self) -> dict[str, Any]:
