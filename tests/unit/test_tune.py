@@ -1,5 +1,7 @@
 """Search spaces, what is drawn of them, and who wins."""
 
+import fcntl
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from pbkd.errors import UserError
 from pipelines.recipe import load_recipe
 from pipelines.store import Store
 from tune_spaces.objective import Objective, objective_of
+from tune_spaces.quiet import Quiet
 from tune_spaces.record import SearchRecord, Trial
 from tune_spaces.results import importances
 from tune_spaces.sampling import Drawn, Listed, dealt, open_trials
@@ -288,3 +291,40 @@ def test_a_search_that_was_begun_differently_is_refused_once_something_ran(tmp_p
     record.begin({"seed": 1, "trials": 9, "parameters": {"a": [1, 2]}})  # it may grow
     with pytest.raises(UserError, match=r"parameters\.a was \[1,2\], is \[1,3\]"):
         SearchRecord(store, "s").begin({"seed": 1, "trials": 9, "parameters": {"a": [1, 3]}})
+
+
+# Measuring alone
+
+
+def is_locked(path: Path) -> bool:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_trainings_go_together_and_a_measurement_alone_and_in_its_turn(tmp_path: Path) -> None:
+    quiet, order = Quiet(tmp_path), list[str]()
+
+    def measure() -> None:
+        with quiet.alone():
+            order.append("measured")
+
+    def train() -> None:
+        with quiet.together():
+            order.append("trained")
+
+    with quiet.together():
+        train()
+        threads = [threading.Thread(target=measure)]
+        threads[0].start()
+        while not any(is_locked(path) for path in tmp_path.glob(".turnstile-*")):
+            continue  # until the measurement waits for this training
+        threads.append(threading.Thread(target=train))
+        threads[1].start()
+        assert order == ["trained"]
+    for thread in threads:
+        thread.join()
+    assert order == ["trained", "measured", "trained"]
