@@ -56,6 +56,7 @@ def run_trial(config: dict[str, Any]) -> None:
             pipeline=pipeline_id(graph),
             trial={"search": search, "number": number, "params": config["params"]},
         )
+        watcher.begin()
         driver.run(executor, lambda: STOP in signs.names())
         student = driver.manifests[graph.student]
         result = {"outcome": "finished", "values": _values(student), "digest": student.digest}
@@ -128,10 +129,18 @@ class _Watcher:
     manifests: dict[str, Manifest] = field(default_factory=dict)
     progress_made: float = 0.0
     macs: int | None = None
+    is_begun: bool = False
+    _untold: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         cost = self.graph.nodes[self.graph.student].cost
         self.macs = None if cost is None else cost.macs
+
+    def begin(self) -> None:
+        """Tell of the stages that were here already: only now, with the beginning on record, may it end."""
+        self.is_begun = True
+        self._tell()
+        self._check_limit()
 
     def started(self, node: Node) -> None:
         """Nothing is to be told."""
@@ -152,7 +161,7 @@ class _Watcher:
         self._check_limit()
 
     def _check_limit(self) -> None:
-        if self.macs is None and self.objective.max_macs is not None:
+        if self.is_begun and self.macs is None and self.objective.max_macs is not None:
             graph = build_graph(self.graph.recipe, self.store, self.store.root / "cache")
             cost = graph.nodes[graph.student].cost
             self.macs = None if cost is None else cost.macs
@@ -163,9 +172,14 @@ class _Watcher:
         return len(self.touched & self.outcomes.keys())
 
     def _report(self, progress: float, accuracy: float | None) -> None:
-        from ray import tune
-
         # A stage that was here already has its place in the order too: ASHA wants progress to grow.
         if accuracy is not None and progress > self.progress_made:
             self.progress_made = progress
-            tune.report({"progress": progress, "val_accuracy": accuracy})
+            self._untold.append({"progress": progress, "val_accuracy": accuracy})
+        self._tell()
+
+    def _tell(self) -> None:
+        from ray import tune
+
+        while self.is_begun and self._untold:
+            tune.report(self._untold.pop(0))
