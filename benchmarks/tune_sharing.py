@@ -3,10 +3,10 @@
     python -m benchmarks.tune_sharing --trials 16
 
 The list is drawn from benchmarks/tune_sharing.yaml over the smoke-size digits recipe. The teacher is there
-beforehand in every store. `ratio` is wall-clock time with sharing by time without, each from the first trial
-handed to Ray Tune to the end of the last; `work_ratio` is the time of the different stages by that of all, as
-they took without sharing; an overhead is what a trial took beyond its own stages. Appends a row to
-benchmarks/results/tune_sharing.csv.
+beforehand in every store. `ratio` is wall-clock time with sharing by time without, each from the moment the
+first trial runs in its process, so without the start of Ray and the import of torch, to the end of the last;
+`work_ratio` is the time of the different stages by that of all, as they took without sharing; an overhead is
+what a trial took beyond its own stages. Appends a row to benchmarks/results/tune_sharing.csv.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -39,7 +40,7 @@ from tune_spaces.record import SearchRecord, Trial, pipeline_of
 from tune_spaces.sampling import Trials
 from tune_spaces.search import Options, Search, Watch
 from tune_spaces.space import open_space
-from tune_spaces.subject import Plan, Subject
+from tune_spaces.subject import Subject
 
 if TYPE_CHECKING:
     from tune_spaces.searcher import RecordingSearcher
@@ -56,24 +57,20 @@ COLUMNS = (
 
 
 class Clock(Watch):
-    """From the first trial's beginning to the last one's end."""
+    """From the moment the first trial runs to the last one's end."""
 
     def __init__(self) -> None:
-        self.first: float | None = None
-        self.last = 0.0
-
-    def begun(self, trial: Trial, plan: Plan) -> None:
-        """Start at the first."""
-        self.first = self.first or time.monotonic()
+        self._first, self._last = math.inf, 0.0
 
     def ended(self, trial: Trial) -> None:
-        """It may have been the last."""
-        self.last = time.monotonic()
+        """It may have been the first that ran, or the last."""
+        self._last = time.monotonic()
+        self._first = min(self._first, self._last - trial.seconds)
 
     @property
     def seconds(self) -> float:
         """In between."""
-        return self.last - (self.first or 0.0)
+        return self._last - self._first
 
 
 class Alone(Search):
