@@ -128,7 +128,7 @@ def _write(
     if form == "onnx":
         make_servable(file, images[:1], network.spec.num_classes, wishes.dynamic_batch)
     threads = int(manifest.compute.get("threads") or torch.get_num_threads())
-    exported = open_exported(file, form, threads)
+    exported = open_exported(file, form)
     takes_one = not wishes.dynamic_batch and form != "safetensors"
     parity = compare(network, exported, images.split(BATCH), one_by_one=takes_one, fp16=wishes.fp16)
     return {
@@ -137,7 +137,9 @@ def _write(
         "bytes": file.stat().st_size,
         **asdict(parity),
         "compared_on": "images of noise" if wishes.without_data else "test images",
-        "latency_ms": None if form == "safetensors" else _latencies(network, exported, threads),
+        "latency_ms": None
+        if form == "safetensors"
+        else _latencies(network, open_exported(file, form, threads), threads),
         "threads": threads,
         "opset": OPSET if form == "onnx" else None,
         "fp16": wishes.fp16,
