@@ -70,6 +70,8 @@ class Outcome:
         restarts: how often the job was begun, less one.
         recovery_seconds: from the last fault to the first step after it.
         queue_seconds: of these, until the job was begun again, which is Slurm's to decide.
+        cluster_seconds: from the first beginning of the job until Ray was up on all nodes.
+        first_step_seconds: from submission to the first training step.
     """
 
     fault: str
@@ -78,6 +80,8 @@ class Outcome:
     restarts: int
     recovery_seconds: float | None
     queue_seconds: float | None
+    cluster_seconds: float | None = None
+    first_step_seconds: float | None = None
 
 
 class Bench:
@@ -86,6 +90,7 @@ class Bench:
     def __init__(self, lab: SlurmLab, folder: Path) -> None:
         """Use a lab that runs."""
         self.lab, self.folder, self.recipe = lab, folder, prepared_recipe(folder)
+        self.temporary = tempfile.TemporaryDirectory(prefix="p-", dir="/tmp")  # sockets want short names
         self._database: Path | None = None
         self._expected: dict[str, str] | None = None
 
@@ -133,7 +138,7 @@ class Job:
         environment = {
             MARK: self._mark,
             "PBKD_FAULTS_LOG": str(store.parent / "steps"),
-            "PBKD_SLURM_PROFILES": str(_profile(store.parent)),
+            "PBKD_SLURM_PROFILES": str(_profile(store.parent, bench.temporary.name)),
             "PBKD_FAULTS_SLOW": str(store.parent / "slow"),
             **injected(LOG_STEPS + SLOW_STORE, store.parent / "hook"),
         }
@@ -202,7 +207,7 @@ class Job:
         """Wait until the job has left the queue; whether nothing of it runs then, and no socket is left."""
         wait_until(lambda: not self.queue(), "the queue to be empty", self)
         wait_until(lambda: not self.processes(), "the processes to be gone", self)
-        return not list(Path("/tmp").glob("pbkd-ray-*"))
+        return not list(Path(self._bench.temporary.name).glob("pbkd-ray-*"))
 
     def event(self, type_: str, number: int = 0) -> float:
         """When something happened to the job for the `number`th time."""
@@ -213,10 +218,10 @@ class Job:
 _PBKD = [sys.executable, "-m", "pipelines.cli"]
 
 
-def _profile(folder: Path) -> Path:
+def _profile(folder: Path, temporary: str) -> Path:
     """A site profile for short jobs."""
     path = folder / "profiles.yaml"
-    path.write_text("default: {grace_seconds: 45, probe: false}\n")
+    path.write_text(f"default: {{grace_seconds: 45, probe: false, temporary: {temporary}}}\n")
     return path
 
 
@@ -310,6 +315,8 @@ def suffer(bench: Bench, *faults: str) -> Outcome:
     """Train on two nodes; do the faults one after another, each after some steps; see how it ends."""
     expected, store = bench.expected(), bench.store()
     job = Job(bench, store, *TRAINING)
+    job.wait_for_steps(1)
+    first_step = time.time() - job.submitted_at
     recovery, queued = None, None
     for fault in faults:
         job.wait_for_steps(2 * INTERVAL)
@@ -322,7 +329,11 @@ def suffer(bench: Bench, *faults: str) -> Outcome:
     end = job.wait()
     digests = _digests(store)
     survived = end["code"] == 0 and digests == expected and job.is_clean()
-    return Outcome("+".join(faults), survived, job.steps_repeated(), end["begun"] - 1, recovery, queued)
+    cluster = next(event["seconds"] for event in end["events"] if event["type"] == "cluster up")
+    restarts = end["begun"] - 1
+    return Outcome(
+        "+".join(faults), survived, job.steps_repeated(), restarts, recovery, queued, cluster, first_step
+    )
 
 
 def cancelled(bench: Bench) -> Outcome:
