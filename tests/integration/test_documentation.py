@@ -89,7 +89,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stranger's images and network, by the program of the walk, in one epoch."""
     folder = tmp_path_factory.mktemp("own")
     (program,) = [block for block in blocks_of(WALK) if block.file == "own_network.py"]
-    (folder / "own_network.py").write_text(program.text.replace("EPOCHS = 4", "EPOCHS = 1"))
+    (folder / "own_network.py").write_text(program.text.replace("EPOCHS = 12", "EPOCHS = 1"))
     subprocess.run([sys.executable, "own_network.py"], cwd=folder, env=_environment(), check=True)
     return folder
 
