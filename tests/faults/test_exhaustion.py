@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from pipelines.cli import main
-from tests.faults.long_run import LOCAL, LONG, has_checkpoint
+from tests.faults.long_run import LOCAL, LONG, RAY, has_checkpoint
 from tests.integration.pbkd_process import ROOT, SMALL, digests, pbkd, run, until, with_database
 
 
-@pytest.mark.parametrize("executor", [LOCAL])
+@pytest.mark.parametrize("executor", [LOCAL, RAY])
 def test_too_little_memory_is_explained(executor: str, tmp_path: Path) -> None:
     absurd = "stages.teacher.network.base_width=200000"  # terabytes
     with pbkd("run", SMALL, executor, *LONG, absurd, "--store", with_database(tmp_path)) as command:
