@@ -13,14 +13,14 @@ from pbkd.students import StudentSettings, receptive_field, student_block
 from tests.unit.small_networks import blocks
 
 
-@given(blocks, st.sampled_from((0.5, 0.75, 1.0)), st.booleans(), st.booleans(), st.integers(24, 31))
+@given(blocks, st.sampled_from((0.5, 0.75, 1.0)), st.booleans(), st.booleans(), st.integers(57, 64))
 @settings(max_examples=60, deadline=None)
 def test_receptive_field_output_shape_and_stride_are_kept(
     teacher: BlockSpec, width: float, norm: bool, relu: bool, side: int
 ) -> None:
     student = student_block(teacher, StudentSettings(width=width, projection_norm=norm, projection_relu=relu))
     assert receptive_field(student) == receptive_field(teacher)
-    with torch.device("meta"):
+    with torch.device("meta"):  # from 57 pixels on, three kernels that span 9 fit, though each halves the map
         image = torch.empty(2, teacher.in_channels, side, side)
         assert build_block(student)(image).shape == build_block(teacher)(image).shape
     for mine, given_ in zip(student.units, teacher.units, strict=True):
