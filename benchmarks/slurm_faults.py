@@ -203,10 +203,17 @@ class Job:
         """The job's state in Slurm's queue; empty once it has left it."""
         return self._bench.lab.ask("squeue", "--noheader", "--jobs", self.id, "--format", "%T")
 
-    def is_clean(self) -> bool:
-        """Wait until the job has left the queue; whether nothing of it runs then, and no socket is left."""
+    def wait_until_over(self) -> None:
+        """Wait until the job has left the queue, and no process of it runs on any node."""
         wait_until(lambda: not self.queue(), "the queue to be empty", self)
         wait_until(lambda: not self.processes(), "the processes to be gone", self)
+
+    def is_clean(self) -> bool:
+        """Wait until it is over; whether no socket or log is left on a node then.
+
+        Of a job that was killed, they are, until the next one comes.
+        """
+        self.wait_until_over()
         return not list(Path(self._bench.temporary.name).glob("pbkd-ray-*"))
 
     def event(self, type_: str, number: int = 0) -> float:
@@ -342,8 +349,9 @@ def cancelled(bench: Bench) -> Outcome:
     job = Job(bench, store, *TRAINING)
     job.wait_for_steps(2 * INTERVAL)
     bench.lab.ask("scancel", job.id)
-    is_stopped = job.is_clean() and job.status()["begun"] == 1
-    is_stopped = is_stopped and job.status()["state"] in ("stopped", "cancelled")
+    job.wait_until_over()
+    stopped = job.status()
+    is_stopped = stopped["begun"] == 1 and stopped["state"] in ("stopped", "cancelled")
     again = Job(bench, store, *TRAINING)
     again.wait_for_steps(1)
     recovery = time.time() - again.submitted_at

@@ -194,7 +194,10 @@ class _Run:
 
     def close(self) -> None:
         """End what this task has started; the first one tells the others that it is over."""
+        self._say_it_is_over()
         self._end_processes()
+
+    def _say_it_is_over(self) -> None:
         if self._task.global_rank == 0 and (meeting := Meeting.read(self._meeting)) is not None:
             replace(meeting, address=None).publish(self._meeting)
 
@@ -238,6 +241,7 @@ class _Run:
                 log.info("asked to cancel: keeping the state of the trainings")
                 _send(self._driver.pid, signal.SIGTERM)
             time.sleep(POLL_SECONDS)
+        self._say_it_is_over()  # first: Slurm may be about to kill all
         return code if code >= 0 else 128 - code
 
     def _look(self) -> None:

@@ -116,6 +116,7 @@ class RayNode:
             "num-cpus": self._cpus,
             "object-store-memory": OBJECT_STORE_BYTES,
             "temp-dir": self._folder,
+            "include-log-monitor": "false",  # the driver does not show workers' output
             # Ports: any that is free, so that jobs on one node do not meet.
             "min-worker-port": 0,
             "max-worker-port": 0,
