@@ -14,7 +14,7 @@ from pbkd.errors import StageError, UserError
 from pipelines.driver import Display, Driver, Outcome
 from pipelines.executors import Executor, open_executor
 from pipelines.graph import Graph, finished, pipeline_id, require_keys
-from pipelines.journal import Journal
+from pipelines.journal import Journal, latest_report
 from pipelines.latency import Latencies, Milliseconds
 from pipelines.store import RECIPE, Manifest, Store
 from pipelines.tracking import Tracker, default_uri, read_ids
@@ -68,7 +68,9 @@ def run_pipeline(
                 recipe = OmegaConf.create(graph.recipe.model_dump(mode="json"))
                 store.records(identity).replace(RECIPE, OmegaConf.to_yaml(recipe).encode())
                 _run(driver, executor, latencies)
-            report = _report(store, identity) if with_report else None
+            if with_report:
+                made = _made_report(store, identity) if is_recorded else None
+                report = made or _report(store, identity)
         except (UserError, StageError) as error:
             if with_report and (report := _report(store, identity)) is not None:
                 raise type(error)(f"{error}\nwhat there is of it: {report}") from error
@@ -123,6 +125,13 @@ def _report(store: Store, identity: str) -> Path | None:
     except Exception as error:  # noqa: BLE001 - the work is done, and `pbkd report` shows what went wrong
         log.warning("the report could not be made: %s\ntry it alone: pbkd report %s", error, identity)
         return None
+
+
+def _made_report(store: Store, identity: str) -> Path | None:
+    """The page of the latest report, if it is still there."""
+    latest = latest_report(store.journal(identity))
+    page = store.pipeline(identity) / latest["files"][0] if latest is not None else None
+    return page if page is not None and page.is_file() else None
 
 
 def _ended_well(journal: Journal) -> bool:
