@@ -17,7 +17,7 @@ from tests.integration.recorded_pipeline import empty_database
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "integration" / "small.yaml"
-SECONDS = 300.0  # no single step of a test may take longer, on a busy machine either (20 processes to 2 cores)
+SECONDS = 300.0  # no single step of a test may take longer, on a crowded machine either
 # A shell that runs the tests in the background has them ignore Ctrl-C, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
