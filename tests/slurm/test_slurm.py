@@ -23,7 +23,7 @@ def bench(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def test_two_nodes_give_the_weights_of_two_processes_here_and_nothing_is_left(
     bench: Bench, tmp_path: Path
 ) -> None:
-    settings = ["smoke=true", "compute.workers=2", "compute.fuse=true"]
+    settings = ["smoke=true", "compute.workers=2", "compute.fuse=true", "--until", "recovered"]
     here = run(DIGITS, *settings, "compute.executor=local", "--store", tmp_path / "here")
     store = bench.store()
     job = Job(bench, store, *settings, "compute.placement=spread", recipe=DIGITS)
