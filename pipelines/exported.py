@@ -107,7 +107,7 @@ def _provenance(store: Store, reference: str, overrides: Sequence[str]) -> Prove
     pipeline_id = pipeline_of(store, manifest.key)
     if pipeline_id is None:
         return Provenance(manifest, store.manifest(key) if key else None, rows, None, None)
-    recipe = load_recipe(store.recipe(pipeline_id), overrides)
+    recipe = load_recipe(store.recipe(pipeline_id), overrides).shrunk()
     return Provenance(manifest, store.manifest(key) if key else None, rows, recipe.name, recipe.data)
 
 

@@ -26,7 +26,7 @@ from tests.integration.document_blocks import DOCUMENTS, ROOT, Block, blocks_of
 
 DIGITS = "pipelines/recipes/digits.yaml"
 WALK = ROOT / "docs" / "guides" / "walk.md"
-SMALL = ("smoke=true", "compute.executor=local", "compute.concurrency=1")
+SMALL = ("smoke=true", "compute.executor=local")
 FEW_IMAGES = (*SMALL, "stages.pruned.init_images=64", "stages.blocks.init_images=64")
 
 RUN = ("pbkd inspect", "pbkd init", "pbkd plan", "pbkd run", "pbkd report", "pbkd lineage", "pbkd export",
@@ -76,15 +76,6 @@ JSON_WITH_GAPS = "…"
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first run of the demo leaves."""
-    folder = tmp_path_factory.mktemp("store")
-    command = [sys.executable, "-m", "pipelines.cli", "run", DIGITS, *SMALL, "--store", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stranger's images and network, by the program of the walk, in one epoch."""
     folder = tmp_path_factory.mktemp("own")
@@ -95,11 +86,11 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def sandbox(store: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sandbox(small_demo: dict[str, Any], own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to type in, as if it were the checkout's, with a store of its own."""
     (tmp_path / "pipelines").mkdir()
     (tmp_path / "pipelines" / "recipes").symlink_to(ROOT / "pipelines" / "recipes")
-    shutil.copytree(store, tmp_path / "runs")
+    shutil.copytree(small_demo["store"], tmp_path / "runs")
     (tmp_path / "photos").symlink_to(own / "photos")
     (tmp_path / "resnet18.pt").symlink_to(own / "resnet18.pt")
     monkeypatch.chdir(tmp_path)

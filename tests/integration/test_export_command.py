@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,17 +18,13 @@ from safetensors.torch import load_file
 
 from pbkd.data import DataSettings, open_data
 from pipelines.cli import main
-from tests.integration.pbkd_process import SMALL
+from pipelines.recipe import SMOKE_SAMPLES
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the networks of a recipe that ends in a pruned student."""
-    folder = tmp_path_factory.mktemp("store")
-    local = ("compute.executor=local", "compute.concurrency=1", "stages.blocks.blocks=[1]")
-    command = [sys.executable, "-m", "pipelines.cli", "run", str(SMALL), *local, "--store", str(folder)]
-    subprocess.run([*command, "--until", "recovered"], check=True, capture_output=True)
-    return folder
+def store(small_demo: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the networks of the demo, which ends in a pruned student."""
+    return Path(shutil.copytree(small_demo["store"], tmp_path_factory.mktemp("store") / "runs"))
 
 
 @pytest.fixture
@@ -47,19 +44,19 @@ def pbkd(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
 def test_the_student_leaves_with_its_parity_and_its_card(
     store: Path, stages: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    key, out = stages["recovered"]["key"], tmp_path / "out"
+    key, out, limit = stages["recovered"]["key"], tmp_path / "out", SMOKE_SAMPLES["digits"]
     code, printed, _ = pbkd(capsys, "export", key[:12], "--store", store, "--out", out, "--json")
     facts = json.loads(printed)
     assert code == 0 and facts == json.loads((out / "export.json").read_text())
     assert facts["path"] == str(out / "model.onnx") and facts["bytes"] == (out / "model.onnx").stat().st_size
-    assert facts["compared_on"] == "test images" and facts["images"] == 200
+    assert facts["compared_on"] == "test images" and facts["images"] == limit
     assert facts["max_abs_diff"] <= 1e-4 and facts["agreement"] == 100
     assert facts["latency_ms"].keys() == {"file", "pytorch"}
 
     # With nothing but what the file and export.json say, the accuracy is that of the manifest.
     manifest = json.loads((store / "manifests" / f"{key}.json").read_text())
-    data = open_data(DataSettings(name="digits", limit=200))
-    split = data.reader("test", 200, seed=0)
+    data = open_data(DataSettings(name="digits", limit=limit))
+    split = data.reader("test", limit, seed=0)
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     interface = json.loads(session.get_modelmeta().custom_metadata_map["pbkd.interface"])
     assert interface["mean"] == list(data.info.mean) and interface["input_shape"] == [1, 8, 8]
@@ -83,7 +80,7 @@ def test_the_student_leaves_with_its_parity_and_its_card(
     artifact = store / "artifacts" / manifest["artifact"]
     options = ("--format", "safetensors", "--fp16", "--licence", "mine")
     code, printed, _ = pbkd(capsys, "export", artifact, "--store", store, "--out", out, *options)
-    assert code == 0 and "100.00 % of 200 test images" in printed
+    assert code == 0 and f"100.00 % of {limit} test images" in printed
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "export.json", "model.safetensors"]
     assert "Licence: mine." in (out / "README.md").read_text()
     assert load_file(out / "model.safetensors")["classifier.fc1.weight"].dtype.itemsize == 2

@@ -38,16 +38,10 @@ def test_a_recipe_can_be_planned_in_full_and_in_small(
         assert all(stage["macs"] or "depends on the weights" in stage["reason"] for stage in stages)
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+@pytest.fixture
+def digits(small_demo: dict[str, Any]) -> dict[str, Any]:
     """The main job in small; on Ray it is what `make demo` runs."""
-    return run(
-        _recipe("digits"),
-        "smoke=true",
-        "compute.executor=local",
-        "--store",
-        with_database(tmp_path_factory.mktemp("runs")),
-    )
+    return small_demo
 
 
 def test_the_report_of_a_run_has_the_documented_keys(digits: dict[str, Any]) -> None:
