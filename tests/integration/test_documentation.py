@@ -180,7 +180,7 @@ def _environment() -> dict[str, str]:
 def _meant(word: str) -> str:
     """What stands for something of the reader's own, in the store of these tests."""
     keys = _keys()
-    if word in ("RUN_OR_ARTIFACT", "STAGE_KEY", "5efe06138d9c"):
+    if word in ("RUN_OR_ARTIFACT", "STAGE_KEY", "5efe06138d9c", "91613d260ec4"):
         return keys["recovered"]
     return keys["scratch"] if word == "0123abcd4567" else word
 
