@@ -11,6 +11,7 @@ from benchmarks.slurm_faults import Bench, Job, cancelled, submitted_twice, suff
 from benchmarks.slurm_lab import SlurmLab
 from pipelines.cli import main
 from tests.integration.pbkd_process import ROOT, SMALL, digests, run
+from tests.unit.image_folders import save_folder
 
 DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
 
@@ -44,9 +45,12 @@ def test_two_nodes_give_the_weights_of_two_processes_here_and_nothing_is_left(
 
 def test_two_nodes_train_as_one_process_does(bench: Bench, tmp_path: Path) -> None:
     """The same global batches; without BatchNorm, which on CPUs knows only its rank's share."""
+    images = save_folder(tmp_path / "images", train=16)  # a VGG halves its images five times
     settings = [
-        "stages.teacher.network={arch: vgg11, base_width: 16}", "data.image_size=32",
-        "stages.teacher.steps=null", "stages.teacher.epochs=3", "stages.teacher.optimizer={lr: 0.01}",
+        "stages.teacher.network={arch: vgg11, base_width: 16}",
+        f"data={{name: folder, root: {images}, num_classes: 3, image_size: 32, batch_size: 12}}",
+        "data.augment=none",
+        "stages.teacher.steps=null", "stages.teacher.epochs=8", "stages.teacher.optimizer={lr: 0.1}",
         "--until", "teacher",
     ]  # fmt: skip
     here, store = tmp_path / "here", bench.store()
