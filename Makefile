@@ -17,6 +17,8 @@ FFCV := .venv/.ffcv
 FFCV_PACKAGES := g++ pkg-config libturbojpeg0-dev libopencv-dev
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 PYTHON ?=
+# More need more memory: some tests start a Ray of their own.
+TEST_PROCESSES := 2
 RECIPE := pipelines/recipes/digits.yaml
 
 help:
@@ -126,7 +128,7 @@ test: lint
 	@$(MAKE) --no-print-directory ffcv || echo "WARNING: no FFCV, so its tests will be SKIPPED; the reason stands above" >&2
 	$(MAKE) --no-print-directory browser || echo "WARNING: no browser, so its tests will be SKIPPED; the reason stands above" >&2
 	echo "== pytest"
-	$(BIN)/pytest || { echo "FAILED: pytest" >&2; exit 1; }
+	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile || { echo "FAILED: pytest" >&2; exit 1; }
 
 # What can be made again; finished stages in runs/ are work done and stay.
 clean:
