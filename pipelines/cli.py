@@ -89,6 +89,8 @@ def run(
         with stopping():
             loaded = load_recipe(recipe, overrides or [])
             opened = _existing(store)
+            if opened is not None:
+                opened.require_writable()
             graph = _graph(recipe, loaded, opened, until)
             require_keys(graph)
             if opened is None:  # made only now: a mistake leaves nothing behind
@@ -180,6 +182,7 @@ def ui(
     from pipelines.ui import serve
 
     opened = _required(store)
+    opened.require_writable()  # of the database; what it lacks is written first
     serve(opened, uri or default_uri(opened), port)
 
 
@@ -196,7 +199,11 @@ def report(
     store: StoreOption = DEFAULT_STORE,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Where to; without it pipelines/ID/report.html in the store."),
+        typer.Option(
+            metavar="FILE.html",
+            help="Where to; without it pipelines/ID/report.html in the store, or, if that may only be read, "
+            "report-ID.html here.",
+        ),
     ] = None,
     open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     allow_import: AllowImport = False,
@@ -214,16 +221,20 @@ def report(
     from pipelines.reporting.write import PAGE, leave_report, write
 
     opened = _required(store)
+
+    def elsewhere(name: str) -> Path | None:
+        return Path(f"report-{name}.html") if opened.is_write_protected else None
+
     if which is not None and which in opened.searches():
         about, found = {"search": which}, compose_search(gather_search(opened, which))
-        written = write(found, out or opened.search(which) / PAGE)
+        written = write(found, out or elsewhere(which) or opened.search(which) / PAGE)
     else:
         identity, command = _reported(which, overrides or [], opened)
         about = {"pipeline": identity}
-        if out is None:
+        if (place := out or elsewhere(identity)) is None:
             written = leave_report(opened, identity, command)
         else:
-            written = write(compose(gather(opened, identity), command), out)
+            written = write(compose(gather(opened, identity), command), place)
     page, figures = str(written.page), [str(figure) for figure in written.figures]
     typer.echo(json.dumps({"path": page, **about, "figures": figures}) if json_ else page)
     if open_ and not webbrowser.open(written.page.as_uri()):
@@ -289,7 +300,7 @@ def _existing(location: str) -> Store | None:
     """The store, if it is one already: looking at a recipe makes none."""
     from pipelines.store import Store
 
-    return Store(location) if Store.exists(location) else None
+    return Store(location, writable=False) if Store.exists(location) else None
 
 
 def _required(location: str) -> Store:

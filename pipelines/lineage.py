@@ -1,11 +1,12 @@
 """Where a network comes from: the chain of stages from a student back to the teacher and the data."""
 
 from collections import deque
+from contextlib import nullcontext
 from typing import Any
 
 from pbkd.errors import UserError
 from pipelines.store import Input, Manifest, Store
-from pipelines.tracking import connect, read_ids, tracking_lock
+from pipelines.tracking import connect, default_uri, read_ids, tracking_lock
 
 ROLES = {"from": 0, "block": 1, "teacher": 2}
 
@@ -74,7 +75,10 @@ def _resolve(store: Store, reference: str, ids: dict[str, dict[str, str]], track
 def _key_of_run(store: Store, run_id: str, tracking: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
-    with tracking_lock(store):
+    if tracking == default_uri(store) and not (store.root / "mlflow" / "mlflow.db").is_file():
+        return None  # nothing was written to it yet, and looking makes none
+    # Of a database that nobody can make at this moment no lock is needed, and none can be had.
+    with nullcontext() if store.is_write_protected else tracking_lock(store):
         client = connect(tracking)
     try:
         tags = client.get_run(run_id).data.tags

@@ -1,6 +1,7 @@
 """The store: manifests, artifacts, latencies, unfinished work. The one source of truth of all runs."""
 
 import json
+import os
 import re
 import time
 import uuid
@@ -82,10 +83,19 @@ class Store:
         "manifests", "artifacts", "leases", "work", "latency", "pipelines", "searches", "mlflow", "scratch",
     )  # fmt: skip
 
-    def __init__(self, location: str | Path) -> None:
-        """Open the store, made if need be. Raises UserError, leaving nothing behind, if it fails."""
+    def __init__(self, location: str | Path, *, writable: bool = True) -> None:
+        """Open the store, made if need be; one that is only read, without `writable`, is taken as it is.
+
+        Raises:
+            UserError: it cannot be written; nothing is left behind.
+        """
         self.storage = open_storage(location)
         self.root = self.storage.here
+        if writable:
+            self.require_writable()
+
+    def require_writable(self) -> None:
+        """Make what is missing of its folders. Raises UserError, leaving nothing behind, if it fails."""
         made: list[Path] = []
         try:
             for folder in (
@@ -104,10 +114,10 @@ class Store:
 
     @classmethod
     def existing(cls, location: str | Path) -> Self:
-        """Open a store that is there already; raises UserError, and makes none, if it is not."""
+        """Open a store that is there already, to read; raises UserError, and makes none, if it is not."""
         if not cls.exists(location):
             raise UserError(f"store {location}: there is none; run a recipe first, or name it by --store DIR")
-        return cls(location)
+        return cls(location, writable=False)
 
     @staticmethod
     def exists(location: str | Path) -> bool:
@@ -122,6 +132,11 @@ class Store:
     def location(self) -> str:
         """What names it after `--store`."""
         return self.storage.location()
+
+    @property
+    def is_write_protected(self) -> bool:
+        """Whether it is in a folder that may only be read."""
+        return isinstance(self.storage, Folder) and not os.access(self.root, os.W_OK)
 
     # Manifests
 
@@ -343,7 +358,7 @@ class Store:
 
     def _here(self, kind: str, name: str) -> Path:
         folder = self.root / _place(kind, name)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         return folder
 
 

@@ -60,6 +60,8 @@ def gc(
     from pipelines.store_check import location, remove, size_of, unused
 
     opened = Store.existing(store)
+    if apply:
+        opened.require_writable()
     names = unused(opened)
     sizes = {location(opened, name): size_of(opened, name) for name in names}
     if apply:
@@ -84,6 +86,7 @@ def drop(
     from pipelines.store import Store
 
     opened = Store.existing(store)
+    opened.require_writable()
     chosen = [opened.key(given) for given in keys]
     opened.drop(chosen)
     typer.echo(f"{len(set(chosen))} stages dropped; the next run that needs them repeats them")
@@ -101,6 +104,7 @@ def replay(
     from pipelines.tracking import replay as write
 
     opened = Store.existing(store)
+    opened.require_writable()
     target = uri or default_uri(opened)
     written = write(target, opened)
     if json_:

@@ -92,7 +92,7 @@ def tune(
     try:
         with stopping(), tempfile.TemporaryDirectory() as cache, redirect_stdout(sys.stderr):
             loaded = load_recipe(recipe, overrides or [])
-            opened = Store(store) if Store.exists(store) else None
+            opened = Store(store) if Store.exists(store) else None  # a report of a search is written into it
             subject = Subject.of(recipe, loaded, opened, opened.root / "cache" if opened else Path(cache))
             searched = open_space(space, subject)
             goals = objective_of(subject, objective, max_macs, max_latency)

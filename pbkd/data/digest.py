@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -68,7 +69,8 @@ def file_hashes(paths: list[Path], cache: Path) -> list[str]:
                 known[key] = hashlib.file_digest(file, "sha256").hexdigest()
         hashes.append(known[key])
     if known != before:
-        _write_atomically(cache, json.dumps(known, indent=1, sort_keys=True))
+        with suppress(OSError):  # where it cannot be kept, they are hashed again
+            _write_atomically(cache, json.dumps(known, indent=1, sort_keys=True))
     return hashes
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pbkd.data import DataSettings, data_digest
+from pbkd.data.digest import file_hashes
 from pbkd.errors import UserError
 
 NAMES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"]
@@ -59,6 +60,11 @@ def test_a_missing_file_is_named_with_the_cure(cifar: DataSettings, tmp_path: Pa
     (tmp_path / "data" / "cifar-10-batches-py" / "data_batch_3").unlink()
     with pytest.raises(UserError, match=r"data_batch_3 is missing(.|\n)*data\.download=true"):
         data_digest(cifar, tmp_path)
+
+
+def test_hashes_that_cannot_be_remembered_are_told_all_the_same(tmp_path: Path):
+    (path := tmp_path / "file").write_bytes(b"12345")
+    assert file_hashes([path], path / "no folder can be here") == file_hashes([path], tmp_path / "cache")
 
 
 def test_a_folder_s_digest_follows_names_and_sizes(tmp_path: Path):
