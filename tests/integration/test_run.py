@@ -84,7 +84,9 @@ def test_a_good_run_says_a_line_for_each_stage_and_leaves_nothing_in_the_home(
     on_ray: tuple[dict[str, Any], Path, str, Path],
 ) -> None:
     report, _, err, home = on_ray
-    assert sorted(line.split()[0] for line in err.splitlines()) == sorted(states(report))
+    # A slow stage says its steps too.
+    ended = [line.split()[0] for line in err.splitlines() if " step " not in line]
+    assert sorted(ended) == sorted(states(report))
     assert list(home.iterdir()) == []
 
 
