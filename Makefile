@@ -3,19 +3,21 @@
 #   make test    every check
 # And make docs builds the documentation's site into build/site.
 # Both install first, into .venv; nothing outside this folder is touched, except that root on Debian gets python3-venv
-# when it is missing, what FFCV is built from and Chromium (make ffcv and make browser, parts of make test). `make setup PYTHON=/path/to/python3` chooses the interpreter.
+# when it is missing, and for make test what FFCV is built from, Chromium and Slurm (make ffcv, browser, slurm).
+# `make setup PYTHON=/path/to/python3` chooses the interpreter.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup ffcv browser demo docs test lint clean
+.PHONY: help setup ffcv browser slurm demo docs test lint clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 FFCV := .venv/.ffcv
 FFCV_PACKAGES := g++ pkg-config libturbojpeg0-dev libopencv-dev
 BROWSER_PACKAGES := chromium fonts-dejavu-core
+SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server iproute2
 PYTHON ?=
 # More need more memory: some tests start a Ray of their own.
 TEST_PROCESSES := 2
@@ -109,6 +111,31 @@ browser:
 	    exit 1
 	fi
 
+# The tests of `pbkd slurm` run a Slurm of two nodes on this machine (benchmarks/slurm_lab); root on Debian gets its
+# daemons, none of which is started by the installation.
+slurm:
+	@missing() {
+	    for name in slurmctld slurmd slurmdbd sbatch munged mariadbd ip; do
+	        command -v "$$name" >/dev/null || return 0
+	    done
+	    return 1
+	}
+	export PATH=$$PATH:/usr/sbin:/sbin
+	if missing && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+	    echo "slurm: installing Debian's $(SLURM_PACKAGES)"
+	    if [ ! -e /usr/sbin/policy-rc.d ]; then
+	        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+	        printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
+	    fi
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	        $(SLURM_PACKAGES); } >.venv/slurm.log 2>&1 || tail -n 5 .venv/slurm.log >&2
+	fi
+	if missing; then
+	    echo "slurm: its daemons are missing, and are installed only by root on Debian or Ubuntu:" >&2
+	    echo "      sudo apt-get install --no-install-recommends $(SLURM_PACKAGES); then: make slurm" >&2
+	    exit 1
+	fi
+
 demo: setup
 	@$(BIN)/pbkd run $(RECIPE)
 
@@ -127,6 +154,7 @@ lint: setup
 test: lint
 	@$(MAKE) --no-print-directory ffcv || echo "WARNING: no FFCV, so its tests will be SKIPPED; the reason stands above" >&2
 	$(MAKE) --no-print-directory browser || echo "WARNING: no browser, so its tests will be SKIPPED; the reason stands above" >&2
+	$(MAKE) --no-print-directory slurm || echo "WARNING: no Slurm, so its tests will be SKIPPED; the reason stands above" >&2
 	echo "== pytest"
 	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile || { echo "FAILED: pytest" >&2; exit 1; }
 

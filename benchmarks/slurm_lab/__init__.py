@@ -13,15 +13,17 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-START_SECONDS = 300  # packages may have to be installed
+START_SECONDS = 120
+DAEMONS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "ip")
+PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
 def why_not() -> str | None:
     """Why no Slurm can be started here; None if it can, as far as one can know before trying."""
     if os.geteuid() != 0:
         return "it needs root, to make nodes of namespaces; run the tests as root"
-    if shutil.which("apt-get") is None and shutil.which("slurmctld") is None:
-        return "it needs Slurm's daemons, which are installed only on Debian or Ubuntu"
+    if missing := [name for name in DAEMONS if shutil.which(name, path=PATH) is None]:
+        return f"{', '.join(missing)} not found: make slurm"
     for what in (["unshare", "--net", "--uts", "--pid", "--mount", "--fork", "true"], ["mount", "--version"]):
         try:
             found = subprocess.run(what, capture_output=True, text=True, check=False)
@@ -61,8 +63,7 @@ class SlurmLab:
     @property
     def environment(self) -> dict[str, str]:
         """What Slurm's commands need."""
-        path = f"{os.environ['PATH']}{os.pathsep}/usr/sbin"
-        return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": path}
+        return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH}
 
     def ask(self, *command: str) -> str:
         """What a command of Slurm says."""

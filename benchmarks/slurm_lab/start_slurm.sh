@@ -10,19 +10,7 @@ NODES=2 CPUS=2 MEM_MB=6000
 retry() { local n=$1; shift; for _ in $(seq "$((n * 10))"); do "$@" >/dev/null 2>&1 && return 0; sleep 0.1; done
     echo "gave up after ${n}s: $*" >&2; return 1; }
 
-# --- packages (policy-rc.d keeps apt from starting daemons where there is an init) ---
-export PATH=$PATH:/usr/sbin:/sbin DEBIAN_FRONTEND=noninteractive
-bins=(slurmd slurmctld slurmdbd sbatch munged mariadbd ip unshare)
-if [ "$(command -v "${bins[@]}" | wc -l)" != "${#bins[@]}" ]; then
-    apt-get update -qq
-    made=0
-    if [ ! -e /usr/sbin/policy-rc.d ]; then
-        printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d; chmod +x /usr/sbin/policy-rc.d; made=1
-    fi
-    apt-get install -y -qq --no-install-recommends slurmd slurmctld slurm-client slurmdbd munge mariadb-server \
-        iproute2 util-linux >/dev/null
-    [ $made = 0 ] || rm -f /usr/sbin/policy-rc.d
-fi
+export PATH=$PATH:/usr/sbin:/sbin
 getent passwd munge >/dev/null || useradd -r -s /usr/sbin/nologin munge
 mkdir -p "$LAB"/{state,log,run,nodes,login-only}; chmod 755 "$LAB"
 

@@ -1,4 +1,4 @@
-"""A real Slurm for these tests, started once; where it cannot be, the summary says why they are skipped."""
+"""A real Slurm for a file of tests; where it cannot be, the summary says why they are skipped."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from benchmarks.slurm_lab import SlurmLab, why_not
 from tests.conftest import NO_SLURM
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab() -> Iterator[SlurmLab]:
     if (reason := why_not()) is not None:
         pytest.skip(NO_SLURM + reason)
