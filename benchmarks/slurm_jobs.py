@@ -1,0 +1,203 @@
+"""Jobs of `pbkd slurm run` on a Slurm of benchmarks/slurm_lab, and all one can see of them from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults import LOG_STEPS, ROOT, prepared_recipe
+from benchmarks.injected import injected
+from benchmarks.marked_processes import MARK, marked_processes
+from benchmarks.slurm_lab import SlurmLab
+from pipelines.tracking import connect
+
+PBKD = [sys.executable, "-m", "pipelines.cli"]
+STEPS, RANKS, INTERVAL = 300, 2, 20
+TRAINING = (
+    f"stages.teacher.steps={STEPS}", "compute.workers=2", "compute.executor=ray", "compute.fuse=false",
+    f"compute.checkpoint_steps={INTERVAL}", "--until", "teacher",
+)  # fmt: skip
+LONGEST_SECONDS = 600.0
+SLOW_STORE = """
+def slow_down(module):
+    import time
+    for name in ("read", "create", "replace", "append", "names"):
+        def slow(self, *given, _method=getattr(module.Folder, name), **named):
+            if os.path.exists(os.environ["PBKD_FAULTS_SLOW"]):
+                time.sleep(1.0)
+            return _method(self, *given, **named)
+        setattr(module.Folder, name, slow)
+
+when_imported("pbkd.storage", slow_down)
+"""
+POLL_SECONDS = 0.1
+
+
+class Bench:
+    """A Slurm, and a folder for stores and logs of steps."""
+
+    def __init__(self, lab: SlurmLab, folder: Path) -> None:
+        """Use a lab that runs."""
+        self.lab, self.folder, self.recipe = lab, folder, prepared_recipe(folder)
+        self.temporary = tempfile.TemporaryDirectory(prefix="p-", dir="/tmp")  # sockets want short names
+        self._database: Path | None = None
+        self._expected: dict[str, str] | None = None
+
+    def store(self) -> Path:
+        """A new store, empty but for MLflow's database, which takes MLflow seconds to make."""
+        if self._database is None:
+            self._database = self.folder / "mlflow.db"
+            connect(f"sqlite:///{self._database}").search_experiments()
+        store = self.folder / uuid.uuid4().hex[:8] / "runs"
+        (store / "mlflow").mkdir(parents=True)
+        shutil.copy(self._database, store / "mlflow" / "mlflow.db")
+        return store
+
+    def expected(self) -> dict[str, str]:
+        """The weights of the training by two processes of this machine, undisturbed."""
+        if self._expected is None:
+            found = subprocess.run(
+                [
+                    *PBKD, "run", self.recipe, *TRAINING, "compute.executor=local",
+                    "--store", self.store(), "--json",
+                ],
+                cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=LONGEST_SECONDS,
+            )  # fmt: skip
+            report = json.loads(found.stdout)
+            self._expected = {stage["key"]: stage["digest"] for stage in report["stages"]}
+        return self._expected
+
+
+class Job:
+    """A job submitted by `pbkd slurm run`, and every process that comes of it."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        store: Path,
+        *arguments: object,
+        recipe: Path | None = None,
+        space: str | None = None,
+        nodes: int = 2,
+        minutes: int = 30,
+        hook: str = "",
+    ) -> None:
+        """Submit it: a run of the recipe, or, with a `space`, a search.
+
+        `hook`: code more that its processes run as they start (`benchmarks.injected`).
+        """
+        self._bench, self.store = bench, store
+        self._mark = uuid.uuid4().hex
+        where = ["--nodes", nodes, "--cpus-per-node", 2 // nodes, "--time", minutes, "--store", store]
+        environment = {
+            MARK: self._mark,
+            "PBKD_FAULTS_LOG": str(store.parent / "steps"),
+            "PBKD_SLURM_PROFILES": str(_profile(store.parent, bench.temporary.name)),
+            "PBKD_FAULTS_SLOW": str(store.parent / "slow"),
+            **injected(LOG_STEPS + SLOW_STORE + hook, store.parent / "hook"),
+        }
+        self._environment = os.environ | bench.lab.environment | environment
+        self.submitted_at = time.time()
+        what = ["run"] if space is None else ["tune", space]
+        told = self.pbkd(*what, recipe or bench.recipe, *arguments, *where, "--json")
+        self.id: str = json.loads(told)["jobs"][0]
+
+    def pbkd(self, *words: object) -> str:
+        """What `pbkd slurm WORDS` says; raises CalledProcessError if it fails."""
+        command = [*PBKD, "slurm", *map(str, words)]
+        return subprocess.run(
+            command,
+            env=self._environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=120,
+        ).stdout
+
+    def status(self) -> dict[str, Any]:
+        """What `pbkd slurm status` knows."""
+        row: dict[str, Any] = json.loads(self.pbkd("status", self.id, "--store", self.store, "--json"))[
+            "jobs"
+        ][0]
+        return row
+
+    def steps(self) -> list[str]:
+        """Every step taken so far in this store, by each rank: its process, the training, its number."""
+        log = self.store.parent / "steps"
+        return log.read_text().splitlines() if log.exists() else []
+
+    def steps_repeated(self) -> int:
+        """How many steps have been taken more than once by a rank."""
+        return len(self.steps()) - RANKS * STEPS
+
+    def wait_for_steps(self, count: int) -> None:
+        """Wait until so many steps more have been taken."""
+        goal = len(self.steps()) + count
+        wait_until(lambda: len(self.steps()) >= goal, f"{count} more steps of job {self.id}", self)
+
+    def wait_for_other_workers(self, former: set[str]) -> float:
+        """Wait until processes have taken steps that are not among `former`; returns when."""
+        wait_until(lambda: self.workers() - former, "the training to go on", self)
+        return time.time()
+
+    def workers(self) -> set[str]:
+        """The processes that have taken steps."""
+        return {line.partition(" ")[0] for line in self.steps()}
+
+    def wait(self) -> dict[str, Any]:
+        """Wait for the end; the status then."""
+        wait_until((self.store / "slurm" / self.id / "ended.json").exists, "the end", self)
+        return self.status()
+
+    def processes(self, words: str = "") -> list[int]:
+        """The living processes of the job with `words` in their command line, on whatever node."""
+        return marked_processes(self._mark, words)
+
+    def queue(self) -> str:
+        """The job's state in Slurm's queue; empty once it has left it."""
+        return self._bench.lab.ask("squeue", "--noheader", "--jobs", self.id, "--format", "%T")
+
+    def wait_until_over(self) -> None:
+        """Wait until the job has left the queue, and no process of it runs on any node."""
+        wait_until(lambda: not self.queue(), "the queue to be empty", self)
+        wait_until(lambda: not self.processes(), "the processes to be gone", self)
+
+    def is_clean(self) -> bool:
+        """Wait until it is over; whether no socket or log is left on a node then.
+
+        Of a job that was killed, they are, until the next one comes.
+        """
+        self.wait_until_over()
+        return not list(Path(self._bench.temporary.name).glob("pbkd-ray-*"))
+
+    def event(self, type_: str, number: int = 0) -> float:
+        """When something happened to the job for the `number`th time."""
+        times = [event["time"] for event in self.status()["events"] if event["type"] == type_]
+        return float(times[number])
+
+
+def _profile(folder: Path, temporary: str) -> Path:
+    """A site profile for short jobs."""
+    path = folder / "profiles.yaml"
+    path.write_text(f"default: {{grace_seconds: 45, probe: false, temporary: {temporary}}}\n")
+    return path
+
+
+def wait_until(condition: Callable[[], object], what: str, job: Job | None = None) -> None:
+    """Wait for what others do, and no longer than LONGEST_SECONDS."""
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            said = job.pbkd("logs", job.id, "--store", job.store) if job else ""
+            raise TimeoutError(f"waited {LONGEST_SECONDS:.0f} s in vain for {what}\n{said[-4000:]}")
+        time.sleep(POLL_SECONDS)
