@@ -280,18 +280,18 @@ def main() -> None:
         lab = SlurmLab()
         lab.start()
         try:
-            bench = Bench(lab, Path(place))
-            for name in arguments.faults or known:
-                try:
-                    outcome = special[name](bench) if name in special else suffer(bench, name)
-                except TimeoutError as error:
-                    sys.stderr.write(f"{name}: {error}\n")
-                    lab.ask("scancel", "--user=root")
-                    outcome = Outcome(name, False, 0, 0, None, None)
-                outcomes.append(outcome)
-                _record(outcome)
-                sys.stdout.write(f"{outcome}\n")
-                sys.stdout.flush()
+            with Bench(lab, Path(place)) as bench:
+                for name in arguments.faults or known:
+                    try:
+                        outcome = special[name](bench) if name in special else suffer(bench, name)
+                    except TimeoutError as error:
+                        sys.stderr.write(f"{name}: {error}\n")
+                        lab.ask("scancel", "--user=root")
+                        outcome = Outcome(name, False, None, 0, None, None)
+                    outcomes.append(outcome)
+                    _record(outcome)
+                    sys.stdout.write(f"{outcome}\n")
+                    sys.stdout.flush()
         finally:
             lab.stop()
     if not all(outcome.survived for outcome in outcomes):

@@ -12,7 +12,8 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from benchmarks.faults import LOG_STEPS, ROOT, prepared_recipe
 from benchmarks.injected import injected
@@ -43,7 +44,7 @@ POLL_SECONDS = 0.1
 
 
 class Bench:
-    """A Slurm, and a folder for stores and logs of steps."""
+    """A Slurm, and a folder for stores and logs of steps; a context manager."""
 
     def __init__(self, lab: SlurmLab, folder: Path) -> None:
         """Use a lab that runs."""
@@ -51,6 +52,14 @@ class Bench:
         self.temporary = tempfile.TemporaryDirectory(prefix="p-", dir="/tmp")  # sockets want short names
         self._database: Path | None = None
         self._expected: dict[str, str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.temporary.cleanup()
 
     def store(self) -> Path:
         """A new store, empty but for MLflow's database, which takes MLflow seconds to make."""

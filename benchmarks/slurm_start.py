@@ -110,12 +110,12 @@ def main() -> None:
         lab = SlurmLab()
         lab.start()
         try:
-            bench = Bench(lab, Path(place))
-            for _ in range(arguments.repeats):
-                for start in measure(bench):
-                    _record(start)
-                    sys.stdout.write(f"{start}\n")
-                    sys.stdout.flush()
+            with Bench(lab, Path(place)) as bench:
+                for _ in range(arguments.repeats):
+                    for start in measure(bench):
+                        _record(start)
+                        sys.stdout.write(f"{start}\n")
+                        sys.stdout.flush()
         finally:
             lab.stop()
 

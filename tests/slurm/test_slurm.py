@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,9 @@ when_imported("pbkd.engine.loop", log_samples)
 
 
 @pytest.fixture(scope="module")
-def bench(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(lab, tmp_path_factory.mktemp("bench"))
+def bench(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with Bench(lab, tmp_path_factory.mktemp("bench")) as bench:
+        yield bench
 
 
 def test_two_nodes_give_the_weights_of_two_processes_here_and_nothing_is_left(
