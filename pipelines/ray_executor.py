@@ -26,6 +26,7 @@ OBJECT_STORE_BYTES = 200 * 2**20  # jobs exchange nothing through it
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how fast an ended job is noticed
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each job, and nobody here asks it
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # how long a worker that does not answer is asked to end
     "RAY_USAGE_STATS_ENABLED": "0",
 }
