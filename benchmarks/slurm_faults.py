@@ -127,8 +127,13 @@ def store_slow(job: Job, bench: Bench) -> None:
 
 def task_killed(job: Job, bench: Bench) -> None:
     """The supervisor on the first node gets SIGKILL, as from the kernel when memory is short."""
-    pids = job.processes("submitit.core._submit")
-    os.kill(min(pids, key=lambda pid: "srun" in Path(f"/proc/{pid}/cmdline").read_text()), signal.SIGKILL)
+    (pid,) = [
+        pid
+        for pid in job.processes("submitit.core._submit")
+        if b"SLURM_PROCID=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        and not Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"srun\0")
+    ]
+    os.kill(pid, signal.SIGKILL)
 
 
 FAULTS: dict[str, Callable[[Job, Bench], None]] = {

@@ -152,12 +152,22 @@ class Job:
     def wait_for_steps(self, count: int) -> None:
         """Wait until so many steps more have been taken."""
         goal = len(self.steps()) + count
-        wait_until(lambda: len(self.steps()) >= goal, f"{count} more steps of job {self.id}", self)
+        self._wait_for_training(lambda: len(self.steps()) >= goal, f"{count} more steps")
 
     def wait_for_other_workers(self, former: set[str]) -> float:
         """Wait until processes have taken steps that are not among `former`; returns when."""
-        wait_until(lambda: self.workers() - former, "the training to go on", self)
+        self._wait_for_training(lambda: self.workers() - former, "the training to go on")
         return time.time()
+
+    def _wait_for_training(self, condition: Callable[[], object], what: str) -> None:
+        has_ended = (self.store / "slurm" / self.id / "ended.json").exists
+        wait_until(lambda: condition() or has_ended(), what, self)
+        if not condition():
+            raise TimeoutError(f"job {self.id} ended before {what}\n{self.logs()}")
+
+    def logs(self) -> str:
+        """The end of what its first task has printed."""
+        return self.pbkd("logs", self.id, "--store", self.store)[-4000:]
 
     def workers(self) -> set[str]:
         """The processes that have taken steps."""
@@ -207,6 +217,6 @@ def wait_until(condition: Callable[[], object], what: str, job: Job | None = Non
     deadline = time.monotonic() + LONGEST_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            said = job.pbkd("logs", job.id, "--store", job.store) if job else ""
-            raise TimeoutError(f"waited {LONGEST_SECONDS:.0f} s in vain for {what}\n{said[-4000:]}")
+            said = job.logs() if job else ""
+            raise TimeoutError(f"waited {LONGEST_SECONDS:.0f} s in vain for {what}\n{said}")
         time.sleep(POLL_SECONDS)

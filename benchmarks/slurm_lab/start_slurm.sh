@@ -60,7 +60,9 @@ StorageLoc=slurm_acct_db
 CONF
 chmod 600 "$LAB/slurmdbd.conf"
 
-# --- slurm.conf. cred_expire is also how long a requeued job waits before it may start again (120 s elsewhere) ---
+# --- slurm.conf. cred_expire is also how long a requeued job waits before it may start again (120 s elsewhere). A request
+# to end a step is answered when it has ended, after KillWait at most; one not answered in MessageTimeout (10 s elsewhere)
+# is sent again a minute later, and would end the same step of the job that was requeued meanwhile. ---
 cat >"$LAB/slurm.conf" <<CONF
 ClusterName=lab
 SlurmctldHost=$HOST($CTL)
@@ -89,6 +91,7 @@ ReturnToService=2
 JobRequeue=1
 SlurmdTimeout=10
 KillWait=30
+MessageTimeout=60
 MinJobAge=300
 CompleteWait=0
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0

@@ -49,7 +49,7 @@ def test_two_nodes_give_the_weights_of_two_processes_here_and_nothing_is_left(
     store = bench.store()
     job = Job(bench, store, *settings, "compute.placement=spread", recipe=DIGITS)
     end = job.wait()
-    assert end["code"] == 0, job.pbkd("logs", job.id, "--store", store)
+    assert end["code"] == 0, job.logs()
     made = {path.stem: json.loads(path.read_bytes())["digest"] for path in store.glob("manifests/*.json")}
     assert made == {stage["key"]: stage["digest"] for stage in here["stages"]}
     assert set(digests(here).values()) == set(made.values())
@@ -80,7 +80,7 @@ def test_two_nodes_train_as_one_process_does(bench: Bench, tmp_path: Path) -> No
     )  # fmt: skip
     spread = ["compute.workers=2", "compute.placement=spread"]
     job = Job(bench, store, *settings, *spread, recipe=SMALL, hook=LOG_SAMPLES)
-    assert job.wait()["code"] == 0, job.pbkd("logs", job.id, "--store", store)
+    assert job.wait()["code"] == 0, job.logs()
     (one,), (two,) = (
         [json.loads(path.read_bytes())["history"] for path in place.glob("manifests/*.json")]
         for place in (here, store)
