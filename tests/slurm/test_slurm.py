@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.faults import LOG_STEPS
 from benchmarks.injected import injected
-from benchmarks.slurm_faults import suffer
+from benchmarks.slurm_faults import LOG_HOSTS, time_limit
 from benchmarks.slurm_jobs import Bench, Job
 from benchmarks.slurm_lab import SlurmLab
 from pipelines.cli import main
-from tests.integration.pbkd_process import ROOT, SMALL, digests, run
+from tests.integration.pbkd_process import ROOT, SMALL, digests, run, with_database
 from tests.unit.image_folders import save_folder
 
 DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
@@ -41,25 +42,31 @@ def bench(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
         yield bench
 
 
-def test_two_nodes_give_the_weights_of_two_processes_here_and_nothing_is_left(
+def test_two_nodes_give_the_weights_of_two_processes_here_through_a_time_limit_and_nothing_is_left(
     bench: Bench, tmp_path: Path
 ) -> None:
     settings = ["smoke=true", "compute.workers=2", "compute.fuse=true", "--until", "recovered"]
-    here = run(DIGITS, *settings, "compute.executor=local", "--store", tmp_path / "here")
+    log = tmp_path / "steps"
+    here = run(
+        DIGITS, *settings, "compute.executor=local", "--store", with_database(tmp_path / "here"),
+        **injected(LOG_STEPS, tmp_path / "hook"), PBKD_FAULTS_LOG=str(log),
+    )  # fmt: skip
     store = bench.store()
-    job = Job(bench, store, *settings, "compute.placement=spread", recipe=DIGITS)
+    job = Job(bench, store, *settings, "compute.placement=spread", recipe=DIGITS, hook=LOG_HOSTS)
+    job.wait_for_steps(1)
+    time_limit(job, bench)
     end = job.wait()
-    assert end["code"] == 0, job.logs()
+    assert (end["code"], end["begun"]) == (0, 2), job.logs()
     made = {path.stem: json.loads(path.read_bytes())["digest"] for path in store.glob("manifests/*.json")}
     assert made == {stage["key"]: stage["digest"] for stage in here["stages"]}
     assert set(digests(here).values()) == set(made.values())
-    assert len(job.workers()) > 1, "both nodes trained"
+    assert len(job.steps()) == len(log.read_text().splitlines()), "no step was lost or repeated"
+    assert set((store.parent / "steps.hosts").read_text().split()) == {"n1", "n2"}, "both trained"
     assert job.is_clean()
-    steps = len(job.steps())
 
     again = Job(bench, store, *settings, recipe=DIGITS)  # finished: it ends at once
     assert again.wait()["code"] == 0
-    assert len(again.steps()) == steps
+    assert len(again.steps()) == len(job.steps())
     assert again.is_clean()
 
 
@@ -75,7 +82,7 @@ def test_two_nodes_train_as_one_process_does(bench: Bench, tmp_path: Path) -> No
     ]  # fmt: skip
     here, store = tmp_path / "here", bench.store()
     run(
-        SMALL, *settings, "compute.executor=local", "--store", here,
+        SMALL, *settings, "compute.executor=local", "--store", with_database(here),
         **injected(LOG_SAMPLES, tmp_path / "hook"), PBKD_FAULTS_LOG=str(tmp_path / "steps"),
     )  # fmt: skip
     spread = ["compute.workers=2", "compute.placement=spread"]
@@ -108,12 +115,6 @@ def samples(steps: Path) -> dict[int, list[list[str]]]:
         step, *images = line.split()
         found.setdefault(int(step), []).append(images)
     return found
-
-
-def test_a_time_limit_and_a_preemption_lose_no_step(bench: Bench) -> None:
-    outcome = suffer(bench, "time_limit", "preemption")
-    assert outcome.survived and outcome.restarts == 2
-    assert outcome.steps_repeated == 0, "each began at the very step it had come to"
 
 
 def complaint(capfd: pytest.CaptureFixture[str], *words: object) -> str:
