@@ -37,7 +37,9 @@ COLUMNS = (
     "memory_peak_mb",
 )  # fmt: skip
 SUMMARY_COLUMNS = ("recipe", "stage", "seeds", "mean", "sd", "student_minus", "low", "high")
-NO_RESULT = ("compute.executor=", "compute.concurrency=", "compute.fuse=", "data.root=", "tracking.")
+NO_RESULT = (
+    "compute.executor=", "compute.concurrency=", "compute.fuse=", "data.root=", "data.beton=", "tracking.",
+)  # fmt: skip
 """Overrides that change no result: they are not written into the rows."""
 STOPPED = 128 + signal.SIGINT
 
