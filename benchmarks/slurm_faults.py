@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -209,6 +209,7 @@ def searched(bench: Bench) -> Outcome:
     here, store = bench.store(), bench.store()
     subprocess.run(
         [*PBKD, "tune", space, bench.recipe, *trials, "--store", here, "--json"],
+        env=os.environ | {"RAY_worker_niceness": "0"},  # by itself Ray gives way to everybody
         cwd=ROOT, stdout=subprocess.DEVNULL, check=True, timeout=LONGEST_SECONDS,
     )  # fmt: skip
     job = Job(bench, store, *trials, space=space, hook=LOG_HOSTS)
@@ -274,7 +275,9 @@ def main() -> None:
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"one of {', '.join(known)}; all")
     arguments = parser.parse_args()
     special: dict[str, Callable[[Bench], Outcome]] = {
-        "requeued_twice": lambda bench: suffer(bench, "time_limit", "preemption"),
+        "requeued_twice": lambda bench: replace(
+            suffer(bench, "time_limit", "preemption"), fault="requeued_twice"
+        ),
         "scancel": cancelled,
         "submitted_twice": submitted_twice,
         "search": searched,
