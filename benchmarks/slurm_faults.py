@@ -217,7 +217,7 @@ def searched(bench: Bench) -> Outcome:
     first_step = time.time() - job.submitted_at
     end = job.wait()
     told = subprocess.run(
-        [*PBKD, "tune", space, bench.recipe, "--report", "--store", store, "--json"],
+        [*PBKD, "tune", space, bench.recipe, *trials, "--report", "--store", store, "--json"],
         cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=LONGEST_SECONDS,
     )  # fmt: skip
     report = json.loads(told.stdout)
@@ -292,7 +292,7 @@ def main() -> None:
                 for name in arguments.faults or known:
                     try:
                         outcome = special[name](bench) if name in special else suffer(bench, name)
-                    except TimeoutError as error:
+                    except (TimeoutError, subprocess.CalledProcessError) as error:
                         sys.stderr.write(f"{name}: {error}\n")
                         lab.ask("scancel", "--user=root")
                         outcome = Outcome(name, False, None, 0, None, None)
