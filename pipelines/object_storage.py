@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 MARKER = ".store"
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 KNOCK_SECONDS = 10
+PATIENT_SECONDS = 180
 
 
 class ObjectStorage:
@@ -270,10 +271,10 @@ def _client(url: str, *, patient: bool) -> ObjectStore:
     # An endpoint without TLS is taken for meant: somebody has written it down.
     if any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS):
         options["allow_http"] = True
-    if patient:
-        return from_url(url, client_options=options)
-    quick: RetryConfig = {"max_retries": 2, "retry_timeout": timedelta(seconds=KNOCK_SECONDS)}
-    return from_url(url, client_options=options, retry_config=quick)
+    # Of the two limits the time is meant: refused connections use up ten retries within seconds.
+    retries, seconds = (10_000, PATIENT_SECONDS) if patient else (2, KNOCK_SECONDS)
+    retry: RetryConfig = {"max_retries": retries, "retry_timeout": timedelta(seconds=seconds)}
+    return from_url(url, client_options=options, retry_config=retry)
 
 
 def _cache(url: str) -> Path:

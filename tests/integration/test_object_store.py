@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from pipelines.cli import main
 from pipelines.store import Store
 from pipelines.tracking import connect
+from pipelines.ui import pages
 from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until
 from tests.integration.recorded_pipeline import empty_database
 from tests.integration.s3_server import BUCKET, client, s3_server
@@ -126,10 +128,43 @@ def test_every_command_takes_the_address(
     assert chain[-1]["stage"] == "teacher" and all(row["run_id"] for row in chain)
     page = Path(said("report")["path"])
     assert page.is_relative_to(tmp_path) and STORE in page.read_text("utf-8")
+    exported = said("export", artifact, "--out", tmp_path / "export")
+    assert exported["max_abs_diff"] <= 1e-4 and exported["compared_on"] == "test images"
     assert said("store", "check", "--full")["damaged"] == 0
     keys = {stage["key"] for stage in reports[0]["stages"]}
     assert {row["path"] for row in said("store", "gc")["unused"]} == {f"{STORE}/leases/{key}" for key in keys}
     assert said("store", "gc", "--apply")["applied"] and said("store", "gc")["unused"] == []
+
+
+def test_on_ray_it_is_the_same(reports: list[dict[str, Any]], one: Machine, tmp_path: Path) -> None:
+    url, mlflow = f"s3://{BUCKET}/ray", empty_database(tmp_path / "mlflow.db")
+    arguments = [SMALL, *SETTINGS, "compute.executor=ray", f"tracking.uri={mlflow}", "--until", "teacher"]
+    report = run(*arguments, "--store", url, **one.environment)
+    assert digests(report)["teacher"] == digests(reports[0])["teacher"]
+    assert report["stages"][0]["artifact"].startswith(f"{url}/artifacts/")
+
+
+def test_the_ui_shows_what_other_machines_ran(
+    reports: list[dict[str, Any]], server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Machine(server, tmp_path).open(STORE, monkeypatch)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pbkd("ui", "--port", port, "--store", STORE) as command:
+        until(lambda: command.has_ended() or answers(port), "the server")
+        assert not command.has_ended(), command.wait()
+        client = connect(f"http://127.0.0.1:{port}")
+        (experiment,) = client.search_experiments(filter_string="name = 'small'")
+        runs = client.search_runs([experiment.experiment_id], "tags.`pbkd.role` = 'pipeline'")
+        assert [run.data.metrics["accuracy"] for run in runs] == [reports[0]["stages"][-2]["test_accuracy"]]
+        command.signal(signal.SIGTERM)
+        assert command.wait()[0] == 0
+    assert pages(store, "http://there")["compare"].startswith("http://there/#/compare-runs?runs=")
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_no_key_of_the_bucket_is_written_anywhere(
