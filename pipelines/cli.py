@@ -22,7 +22,7 @@ from pipelines.data_commands import app as data_app
 from pipelines.export_command import export
 from pipelines.init_command import init
 from pipelines.inspect_command import AllowImport, inspect
-from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption
+from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption, store_argument
 from pipelines.store_commands import app as store_app
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def run(
     out.print(result_table(result))
     student = result.manifests[graph.student]
     out.print(f"\nstudent: {opened.artifact_location(student.artifact)}", soft_wrap=True)
-    is_default = store == os.environ.get("PBKD_STORE", DEFAULT_STORE)
-    where = "" if is_default else f" --store {store}"
+    where = store_argument(store)
     commands = (f"pbkd lineage {student.key[:12]}", f"pbkd export {student.key[:12]}")
     out.print("next:    " + "    ".join(command + where for command in commands), soft_wrap=True)
     out.print(f"report:  {result.report}", soft_wrap=True)
@@ -218,7 +217,7 @@ def report(
     from pipelines.reporting.page import compose
     from pipelines.reporting.search_facts import gather_search
     from pipelines.reporting.search_page import compose_search
-    from pipelines.reporting.write import PAGE, leave_report, write
+    from pipelines.reporting.write import leave_report, leave_search_report, write
 
     opened = _required(store)
 
@@ -226,8 +225,11 @@ def report(
         return Path(f"report-{name}.html") if opened.is_write_protected else None
 
     if which is not None and which in opened.searches():
-        about, found = {"search": which}, compose_search(gather_search(opened, which))
-        written = write(found, out or elsewhere(which) or opened.search(which) / PAGE)
+        about = {"search": which}
+        if (place := out or elsewhere(which)) is None:
+            written = leave_search_report(opened, which)
+        else:
+            written = write(compose_search(gather_search(opened, which)), place)
     else:
         identity, command = _reported(which, overrides or [], opened)
         about = {"pipeline": identity}

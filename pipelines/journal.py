@@ -51,7 +51,7 @@ class Journal:
         return records, after_offset + len(complete)
 
 
-def latest_report(journal: Journal) -> Record | None:
-    """The record of the latest report that was made of the pipeline, if there is one."""
+def latest_report(journal: Journal, kind: str = "report") -> Record | None:
+    """The record of the latest report that was made of the pipeline, if there is one; of a search, `page`."""
     records, _ = journal.read()
-    return next((record for record in reversed(records) if record.get("type") == "report"), None)
+    return next((record for record in reversed(records) if record.get("type") == kind), None)

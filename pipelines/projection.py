@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pbkd.storage import Storage
 from pipelines.journal import Record
 from pipelines.mlflow_values import final_metrics, flatten, log_run
 from pipelines.registry import register
@@ -190,26 +191,12 @@ class Projection:
         self._client.set_terminated(self._run.info.run_id, status, _milliseconds(record))
 
     def _report(self, record: Record) -> None:
-        """Give the pipeline's run the page and the figures, unless it has them, and its description."""
-        run_id, records = self._run.info.run_id, self._store.records(self._pipeline["id"])
-        if self._reported == record["digest"]:
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                for name in record["files"]:
-                    copy = Path(folder, name)
-                    copy.parent.mkdir(exist_ok=True)
-                    copy.write_bytes(records.read(name))
-                self._client.log_artifacts(run_id, folder)
-            except FileNotFoundError as error:
-                log.warning("the report is left out of MLflow: %s is gone", error.filename)
-                return
-            except PermissionError as error:  # a server whose artifacts lie where only it can write
-                log.warning("the report is left out of MLflow: its artifacts cannot be written: %s", error)
-                return
-        tags = {"mlflow.note.content": record["summary"], REPORTED: record["digest"]}
-        log_run(self._client, run_id, tags=tags)
-        self._reported = record["digest"]
+        """Give the pipeline's run its report, unless it has it."""
+        records = self._store.records(self._pipeline["id"])
+        if self._reported != record["digest"] and log_report(
+            self._client, self._run.info.run_id, records, record
+        ):
+            self._reported = record["digest"]
 
     def _name(self, record: Record) -> str:
         """Tell the stages what the recipe calls a key; return the part it plays there."""
@@ -222,6 +209,25 @@ class Projection:
             role = "baseline" if name in (self._pipeline.get("baselines") or []) else "stage"
         self._stages.names[key], self._stages.roles[key] = name, role
         return role
+
+
+def log_report(client: "MlflowClient", run_id: str, records: Storage, record: Record) -> bool:
+    """Give a run its report, whose files lie in `records`, and its description; False if it cannot be."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in record["files"]:
+                copy = Path(folder, name)
+                copy.parent.mkdir(exist_ok=True)
+                copy.write_bytes(records.read(name))
+            client.log_artifacts(run_id, folder)
+        except FileNotFoundError as error:
+            log.warning("the report is left out of MLflow: %s is gone", error.filename)
+            return False
+        except PermissionError as error:  # a server whose artifacts lie where only it can write
+            log.warning("the report is left out of MLflow: its artifacts cannot be written: %s", error)
+            return False
+    log_run(client, run_id, tags={"mlflow.note.content": record["summary"], REPORTED: record["digest"]})
+    return True
 
 
 def experiment(client: "MlflowClient", name: str, artifact_location: str | None) -> str:

@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from pbkd.storage import Storage
 from pipelines.journal import Record
 from pipelines.mlflow_values import flatten, log_run
-from pipelines.projection import RUN_STATUS, experiment, search_run
+from pipelines.projection import REPORTED, RUN_STATUS, experiment, log_report, search_run
 from pipelines.views import search_view
 
 if TYPE_CHECKING:
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 class SearchProjection:
     """Writes the records of one search; writing them again changes nothing."""
 
-    def __init__(self, client: "MlflowClient", artifact_location: str | None) -> None:
+    def __init__(self, client: "MlflowClient", records: Storage, artifact_location: str | None) -> None:
         """`artifact_location` is for a new experiment; None lets the server choose."""
         self._client = client
+        self._records = records
         self._artifact_location = artifact_location
         self._run: Run | None = None
         self._outcomes: dict[int, str] = {}
+        self._reported: str | None = None
 
     def apply(self, records: Iterable[Record]) -> None:
         """Write `records`."""
@@ -33,6 +36,9 @@ class SearchProjection:
                     self._outcomes[record["number"]] = record["outcome"]
                 case "ended" if self._run is not None:
                     self._end(record)
+                case "page" if self._run is not None and self._reported != record["digest"]:
+                    if log_report(self._client, self._run.info.run_id, self._records, record):
+                        self._reported = record["digest"]
 
     def ids(self) -> dict[str, Any]:
         """Return what `tracking.json` keeps."""
@@ -45,6 +51,7 @@ class SearchProjection:
         experiment_id = experiment(self._client, told["recipe"]["name"], self._artifact_location)
         moment = int(float(record["time"]) * 1000)
         self._run = search_run(self._client, experiment_id, record["name"], moment)
+        self._reported = self._run.data.tags.get(REPORTED)
         self._client.update_run(self._run.info.run_id, status="RUNNING")
         facts = {name: told[name] for name in ("space", "sampler", "seed", "objective")}
         facts |= {f"space.{key}": values for key, values in told["parameters"].items()}

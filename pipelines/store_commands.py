@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from dataclasses import asdict
 from typing import Annotated
 
@@ -17,6 +19,12 @@ StoreOption = Annotated[
     typer.Option("--store", envvar="PBKD_STORE", metavar="DIR|URL", help="Where finished work is."),
 ]
 Machine = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
+
+
+def store_argument(store: str) -> str:
+    """What a command that is shown needs at its end, to mean `store` when it is typed here."""
+    is_default = store == os.environ.get("PBKD_STORE", DEFAULT_STORE)
+    return "" if is_default else f" --store {shlex.quote(store)}"
 
 
 @app.command(epilog="Example: pbkd store check --full")

@@ -153,7 +153,7 @@ class Tracker:
                 location = (self._store.root / "mlflow" / "artifacts").as_uri()
             client, followed.offset = connect(self.uri), 0
             followed.projection = (
-                SearchProjection(client, location)
+                SearchProjection(client, followed.places[-1], location)
                 if followed.is_search
                 else Projection(client, self._store, location, self._known)
             )
@@ -222,14 +222,18 @@ def replay(uri: str, store: Store) -> list[str]:
             ]
         ended = [run.data.tags for run in runs if run.info.status != "RUNNING"]
         reported = {tags.get("pbkd.pipeline"): tags.get(REPORTED) for tags in ended}
-        searched = {tags.get("pbkd.search") for tags in ended if "pbkd.pipeline" not in tags}
+        searched = {
+            tags.get("pbkd.search"): tags.get(REPORTED) for tags in ended if "pbkd.pipeline" not in tags
+        }
         for name in store.searches():
-            if name not in searched:
+            records = store.search_records(name)
+            if name not in searched or _report_digest(records, "page") not in (None, searched[name]):
                 Tracker(uri, store, search=name).project()
         missing = [
             name
             for name in reversed(store.pipelines())
-            if name not in reported or _report_digest(store, name) not in (None, reported[name])
+            if name not in reported
+            or _report_digest(store.records(name), "report") not in (None, reported[name])
         ]
         for pipeline_id in missing:
             Tracker(uri, store, pipeline_id).project()
@@ -241,9 +245,9 @@ def replay(uri: str, store: Store) -> list[str]:
     return missing
 
 
-def _report_digest(store: Store, pipeline_id: str) -> str | None:
-    """Of the latest report that was made of a pipeline, if it is still in the store."""
-    latest, there = latest_report(store.journal(pipeline_id)), store.records(pipeline_id)
+def _report_digest(there: Storage, kind: str) -> str | None:
+    """Of the latest report that was made of a pipeline, or a search, if it is still in the store."""
+    latest = latest_report(Journal(there), kind)
     if latest is None or latest["files"][0] not in there.names():
         return None
     return str(latest["digest"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from pipelines.inspect_command import AllowImport
-from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption
+from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption, store_argument
 
 if TYPE_CHECKING:
     from tune_spaces.search import Options
@@ -121,14 +121,20 @@ def tune(
             else:
                 search.run()
             results = write(search, opened)
+            page = search.record_report()
     except Stop as stop:
         console.print("stopped; the same command goes on from here")
         raise typer.Exit(stop.code) from None
     if json_:
-        typer.echo(json.dumps(results.report))
+        typer.echo(json.dumps(results.report | {"page": str(page)}))
         return
     out = Console(width=None if sys.stdout.isatty() else 140)
     out.print(table(results))
+    out.print(_where_to_look(options.name, page, store_argument(store)), soft_wrap=True)
+
+
+def _where_to_look(name: str, page: Path, where: str) -> str:
+    return f"\nnext:    pbkd report {name}{where}\nreport:  {page}\nMLflow:  pbkd ui{where}"
 
 
 def _options(options: Options, goals: tuple[str, ...]) -> Options:

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
@@ -16,6 +17,7 @@ from pipelines.latency import Latencies
 from pipelines.lease import leases_of, read_newest
 from pipelines.quantities import human
 from pipelines.recipe import Compute, as_written
+from pipelines.reporting.write import leave_search_report
 from pipelines.store import Store
 from pipelines.tracking import Tracker, default_uri
 from tune_spaces.objective import Objective
@@ -113,6 +115,7 @@ class Search:
         self._store, self._watch = store, watch
         self.record = SearchRecord(store, options.name)
         self._tracker = Tracker(subject.recipe.tracking.uri or default_uri(store), store, search=options.name)
+        self._is_in_mlflow = True  # as far as is known
         self._plans: dict[int, Plan] = {}
         """Of the trials that run."""
 
@@ -140,7 +143,17 @@ class Search:
             try:
                 self._run()
             finally:
-                self._tracker.close(MLFLOW_SECONDS)
+                self._is_in_mlflow = self._tracker.close(MLFLOW_SECONDS)
+
+    def record_report(self) -> Path:
+        """Leave the search's page in the store, and with its table and figures in MLflow; return the page."""
+        page = leave_search_report(self._store, self.record.name).page
+        if self._is_in_mlflow:
+            try:
+                self._tracker.project()
+            except Exception as error:  # noqa: BLE001 - of MLflow, requests or sqlalchemy; the work is done
+                log.warning("MLflow does not have the report yet, `pbkd ui` brings it: %s", error)
+        return page
 
     def require_record(self) -> None:
         """Raise UserError if there is nothing to report on, or if it was begun differently."""

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pbkd.errors import UserError
-from pbkd.storage import Folder
-from pipelines.journal import latest_report
+from pbkd.storage import Folder, Storage
+from pipelines.journal import Journal, latest_report
 from pipelines.reporting.facts import gather
 from pipelines.reporting.page import Report, compose, headline
+from pipelines.reporting.search_facts import gather_search
+from pipelines.reporting.search_page import compose_search, headline_of
 from pipelines.store import Store
 
 PAGE = "report.html"
+SEARCH_FILES = ("trials.csv", "pareto.png", "importance.png")
 
 
 @dataclass(frozen=True)
@@ -62,14 +66,35 @@ def leave_report(store: Store, pipeline_id: str, command: str | None = None) -> 
     """
     facts, here = gather(store, pipeline_id), store.pipeline(pipeline_id)
     written = write(compose(facts, command), here / PAGE)
-    names = [str(path.relative_to(written.page.parent)) for path in (written.page, *written.figures)]
-    records, journal = store.records(pipeline_id), store.journal(pipeline_id)
-    latest = latest_report(journal)
-    if latest is None or latest["digest"] != written.digest:
-        if records.location() != Folder(here).location():  # of a folder both are one
-            for name in names:
-                records.replace(name, (here / name).read_bytes(), sync=False)
-        journal.append(
-            {"type": "report", "digest": written.digest, "files": names, "summary": headline(facts)}
-        )
+    _record(written, "report", headline(facts), store.records(pipeline_id))
     return written
+
+
+def leave_search_report(store: Store, name: str) -> Written:
+    """Write the report of a search into its folder in the store; its journal gets to know a new one.
+
+    What `pbkd tune` left there, its table and its figures, goes with it. Raises UserError if the store cannot
+    be written.
+    """
+    facts, here = gather_search(store, name), store.search(name)
+    written = write(compose_search(facts), here / PAGE)
+    beside = [path for path in (here / file for file in SEARCH_FILES) if path.is_file()]
+    _record(written, "page", headline_of(facts), store.search_records(name), beside)
+    return written
+
+
+def _record(written: Written, kind: str, summary: str, records: Storage, beside: Sequence[Path] = ()) -> None:
+    """Have the journal say that there is this report, unless it does; `beside` it are files of the folder."""
+    here, journal = written.page.parent, Journal(records)
+    digest = hashlib.sha256(written.digest.encode())
+    for path in beside:
+        digest.update(path.read_bytes())
+    known = digest.hexdigest() if beside else written.digest
+    latest = latest_report(journal, kind)
+    if latest is not None and latest["digest"] == known:
+        return
+    names = [str(path.relative_to(here)) for path in (written.page, *written.figures, *beside)]
+    if records.location() != Folder(here).location():  # of a folder both are one
+        for name in names:
+            records.replace(name, (here / name).read_bytes(), sync=False)
+    journal.append({"type": kind, "digest": known, "files": names, "summary": summary})

@@ -92,6 +92,9 @@ def test_in_mlflow_trials_are_below_their_search_with_the_searched_keys_and_with
     mine = "tags.`pbkd.search` = 'digits-joint' AND tags.`pbkd.role` = "
     (search,) = client.search_runs([experiment.experiment_id], f"{mine}'search'")
     trials = client.search_runs([experiment.experiment_id], f"{mine}'trial'")
+    logged = {file.path for file in client.list_artifacts(search.info.run_id)}
+    assert logged == {"report.html", "report_figures", "trials.csv", "pareto.png"}
+    assert search.data.tags["mlflow.note.content"].startswith(f"{TRIALS} of ")
     assert {search.info.status, *(trial.info.status for trial in trials)} == {"FINISHED"}
     assert {trial.data.tags["mlflow.parentRunId"] for trial in trials} == {search.info.run_id}
     shown = {trial.info.run_name: trial for trial in trials}
