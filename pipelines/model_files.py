@@ -1,11 +1,18 @@
-"""What MLflow shows of a registered network: its signature, and an input with what comes out of it."""
+"""What MLflow shows of a registered network, its signature and an input; and how it serves it by its name."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pbkd import artifact
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pbkd.networks import BlockNetwork
 
 FLAVOR = "pbkd"
 DIGITS = 4  # of an example's numbers; the stored logits are compared less closely
@@ -29,7 +36,10 @@ def write_model_files(folder: Path, path: Path, model_id: str, run_id: str) -> N
     logits = Schema([TensorSpec(np.dtype("float32"), (-1, spec.num_classes), "logits")])
     example = {"images": artifact.probe_input(spec).numpy().round(DIGITS).astype(float).tolist()}
     Model(
-        flavors={FLAVOR: {"artifact": str(path), "arch": spec.arch}},
+        flavors={
+            FLAVOR: {"artifact": str(path), "arch": spec.arch},
+            "python_function": {"loader_module": __name__, "python_version": sys.version.split()[0]},
+        },
         signature=ModelSignature(images, logits),
         saved_input_example_info={
             "artifact_path": "input_example.json",
@@ -43,3 +53,25 @@ def write_model_files(folder: Path, path: Path, model_id: str, run_id: str) -> N
     text = json.dumps({"inputs": example}, separators=(",", ":"))
     for name in ("input_example.json", "serving_input_example.json"):
         (folder / name).write_text(text)
+
+
+class Served:
+    """A network of the store, as `mlflow models serve` and `mlflow.pyfunc.load_model` ask it."""
+
+    def __init__(self, network: BlockNetwork) -> None:
+        self._network = network.eval()
+
+    def predict(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return `logits` (N, classes) of `images`, float32 (N, C, H, W), normalized as in training."""
+        import torch
+
+        with torch.inference_mode():
+            return {"logits": self._network(torch.from_numpy(inputs["images"])).numpy()}
+
+
+def _load_pyfunc(folder: str) -> Served:
+    """Load what the MLmodel file in `folder` names; MLflow calls it, by this name."""
+    from mlflow.models import Model
+
+    flavor = Model.load(folder).flavors[FLAVOR]
+    return Served(artifact.load(Path(flavor["artifact"])))

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from pbkd import artifact
 from pbkd.data import DataSettings, open_data
 from pipelines.cli import main
 from pipelines.recipe import SMOKE_SAMPLES
@@ -131,6 +134,18 @@ def test_mlflow_serves_it(server: tuple[Path, str]) -> None:
         ) as answer:
             logits = np.asarray(json.load(answer)["predictions"]["logits"])
         np.testing.assert_allclose(logits, session.run(None, {"images": images})[0], atol=1e-5)
+
+
+def test_the_registry_serves_the_champion_by_its_name(
+    small_demo: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = Path(small_demo["store"]) / "mlflow" / "mlflow.db"
+    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", f"sqlite:///{database}")
+    (student,) = (row for row in small_demo["stages"] if row["name"] == small_demo["student"])
+    network, images = artifact.load(Path(student["artifact"])), torch.randn(3, 1, 8, 8)
+    answer = mlflow.pyfunc.load_model("models:/digits@champion").predict({"images": images.numpy()})
+    with torch.inference_mode():
+        np.testing.assert_allclose(answer["logits"], network(images).numpy(), atol=1e-6)
 
 
 MISTAKES = {
