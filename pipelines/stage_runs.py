@@ -167,7 +167,7 @@ class StageRuns:
         if stage.model_id is None:
             stage.model_id = self._model(stage, manifest)
             self._client.log_outputs(stage.run_id, [LoggedModelOutput(stage.model_id, 0)])
-        metrics = manifest.metrics | {"accuracy": manifest.metrics.get("test_accuracy")}
+        metrics = {"accuracy": manifest.metrics.get("test_accuracy")} | manifest.metrics
         metrics["seconds"] = manifest.seconds
         log_run(
             self._client,

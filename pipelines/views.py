@@ -1,8 +1,9 @@
 """What a person sees first in the MLflow UI: accuracy against multiply-accumulates, with nothing to set up.
 
 The compare page puts the first parameter, in ASCII order, on its x axis and the first metric on its y axis;
-its parallel coordinates show the first three parameters that differ and the first metric. So the facts of the
-network are logged as parameters with capital letters, and the test accuracy a second time as `accuracy`.
+its parallel coordinates show the first three parameters that differ and the metric that was logged first of
+those all runs have. So the facts of the network are logged as parameters with capital letters, the test
+accuracy a second time as `accuracy`, and accuracies before other metrics.
 
 The runs page has saved views, kept as tags of the experiment; ours gives it columns and charts. `pbkd ui`
 links it.

@@ -37,6 +37,8 @@ def test_the_compare_page_shows_every_stage_with_its_metrics(
     teacher = json.loads((demo.store / "manifests" / f"{key}.json").read_text())["metrics"]
     sees(seen.page, f"{teacher['test_accuracy']:.4g}")
     expect(seen.page.locator(".js-plotly-plot").first).to_be_visible(timeout=SECONDS)
+    axes = seen.page.locator(".js-plotly-plot .axis-title")
+    expect(axes).to_have_text(["MACs", "Parameters", "Stage", "val_accuracy"], timeout=SECONDS)
     seen.keep("mlflow-compare", full=False)
     is_clean(seen, mlflow_pages)
 
