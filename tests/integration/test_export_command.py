@@ -140,7 +140,7 @@ def test_the_registry_serves_the_champion_by_its_name(
     small_demo: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = Path(small_demo["store"]) / "mlflow" / "mlflow.db"
-    monkeypatch.setattr(mlflow.tracking._tracking_service.utils, "_tracking_uri", f"sqlite:///{database}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     (student,) = (row for row in small_demo["stages"] if row["name"] == small_demo["student"])
     network, images = artifact.load(Path(student["artifact"])), torch.randn(3, 1, 8, 8)
     answer = mlflow.pyfunc.load_model("models:/digits@champion").predict({"images": images.numpy()})
