@@ -213,30 +213,14 @@ def report(
     The figures lie beside it as PNG files. `pbkd ui` shows both in MLflow too.
     """
     from pbkd.errors import UserError
-    from pipelines.reporting.facts import gather
-    from pipelines.reporting.page import compose
-    from pipelines.reporting.search_facts import gather_search
-    from pipelines.reporting.search_page import compose_search
-    from pipelines.reporting.write import leave_report, leave_search_report, write
+    from pipelines.reporting.write import leave_report, leave_search_report
 
     opened = _required(store)
-
-    def elsewhere(name: str) -> Path | None:
-        return Path(f"report-{name}.html") if opened.is_write_protected else None
-
     if which is not None and which in opened.searches():
-        about = {"search": which}
-        if (place := out or elsewhere(which)) is None:
-            written = leave_search_report(opened, which)
-        else:
-            written = write(compose_search(gather_search(opened, which)), place)
+        about, written = {"search": which}, leave_search_report(opened, which, out)
     else:
         identity, command = _reported(which, overrides or [], opened)
-        about = {"pipeline": identity}
-        if (place := out or elsewhere(identity)) is None:
-            written = leave_report(opened, identity, command)
-        else:
-            written = write(compose(gather(opened, identity), command), place)
+        about, written = {"pipeline": identity}, leave_report(opened, identity, command, out)
     page, figures = str(written.page), [str(figure) for figure in written.figures]
     typer.echo(json.dumps({"path": page, **about, "figures": figures}) if json_ else page)
     if open_ and not webbrowser.open(written.page.as_uri()):

@@ -58,29 +58,42 @@ def write(report: Report, path: Path) -> Written:
     return Written(path, tuple(figures), digest.hexdigest())
 
 
-def leave_report(store: Store, pipeline_id: str, command: str | None = None) -> Written:
+def leave_report(
+    store: Store, pipeline_id: str, command: str | None = None, out: Path | None = None
+) -> Written:
     """Write the report of a pipeline into its folder in the store; the journal gets to know a new one.
 
+    With `out`, it is written there alone; of a store that may only be read, where the command is typed.
+
     Raises:
-        UserError: there is no such pipeline, or the store cannot be written.
+        UserError: there is no such pipeline, or the page cannot be written.
     """
-    facts, here = gather(store, pipeline_id), store.pipeline(pipeline_id)
-    written = write(compose(facts, command), here / PAGE)
+    facts = gather(store, pipeline_id)
+    if (elsewhere := out or _outside(store, pipeline_id)) is not None:
+        return write(compose(facts, command), elsewhere)
+    written = write(compose(facts, command), store.pipeline(pipeline_id) / PAGE)
     _record(written, "report", headline(facts), store.records(pipeline_id))
     return written
 
 
-def leave_search_report(store: Store, name: str) -> Written:
+def leave_search_report(store: Store, name: str, out: Path | None = None) -> Written:
     """Write the report of a search into its folder in the store; its journal gets to know a new one.
 
-    What `pbkd tune` left there, its table and its figures, goes with it. Raises UserError if the store cannot
-    be written.
+    What `pbkd tune` left there, its table and its figures, goes with it. `out`: see `leave_report`. Raises
+    UserError if the page cannot be written.
     """
-    facts, here = gather_search(store, name), store.search(name)
+    facts = gather_search(store, name)
+    if (elsewhere := out or _outside(store, name)) is not None:
+        return write(compose_search(facts), elsewhere)
+    here = store.search(name)
     written = write(compose_search(facts), here / PAGE)
     beside = [path for path in (here / file for file in SEARCH_FILES) if path.is_file()]
     _record(written, "page", headline_of(facts), store.search_records(name), beside)
     return written
+
+
+def _outside(store: Store, name: str) -> Path | None:
+    return Path(f"report-{name}.html") if store.is_write_protected else None
 
 
 def _record(written: Written, kind: str, summary: str, records: Storage, beside: Sequence[Path] = ()) -> None:
