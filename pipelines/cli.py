@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shlex
 import sys
-import tempfile
-import webbrowser
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import cache
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,12 +18,13 @@ from pipelines.data_commands import app as data_app
 from pipelines.export_command import export
 from pipelines.init_command import init
 from pipelines.inspect_command import AllowImport, inspect
+from pipelines.recipe_arguments import Overrides, RecipePath, Until, graph_of
+from pipelines.report_command import report
 from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption, store_argument
 from pipelines.store_commands import app as store_app
 
 if TYPE_CHECKING:
     from pipelines.graph import Graph
-    from pipelines.recipe import Recipe
     from pipelines.run import PipelineResult
     from pipelines.store import Store
 
@@ -51,16 +48,8 @@ app.add_typer(data_app, name="data")
 app.command(epilog="Example: pbkd init torchvision/resnet18 --data photos --weights mine.pt")(init)
 app.command(epilog="Example: pbkd inspect torchvision/resnet50 --width 0.5 --width 0.25")(inspect)
 app.command(epilog="Example: pbkd export runs/artifacts/0123abcd... --dynamic-batch")(export)
+app.command(epilog="Example: pbkd report pipelines/recipes/digits.yaml --open")(report)
 app.add_typer(store_app, name="store")
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as stages.blocks.epochs=2."),
-]
-Until = Annotated[
-    str | None, typer.Option(metavar="STAGE[,STAGE]", help="Only these stages and those they need.")
-]
 
 
 @app.command(epilog="Example: pbkd run pipelines/recipes/digits.yaml seed=1")
@@ -91,7 +80,7 @@ def run(
             opened = _existing(store)
             if opened is not None:
                 opened.require_writable()
-            graph = _graph(recipe, loaded, opened, until)
+            graph = graph_of(recipe, loaded, opened, until)
             require_keys(graph)
             if opened is None:  # made only now: a mistake leaves nothing behind
                 require_machine(graph.recipe.compute)
@@ -133,7 +122,7 @@ def plan(
     loaded = load_recipe(recipe, overrides or [])
     loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"download": False})})
     opened = _existing(store)
-    graph = _graph(recipe, loaded, opened, until)
+    graph = graph_of(recipe, loaded, opened, until)
     rows = _plan_rows(graph, opened)
     if json_:
         typer.echo(json.dumps({"recipe": loaded.name, "stages": rows}))
@@ -156,9 +145,10 @@ def lineage(
 ) -> None:
     """Show the stages a network was made from, back to the teacher and the data."""
     from pipelines.lineage import chain
+    from pipelines.store import Store
     from pipelines.tracking import default_uri
 
-    opened = _required(store)
+    opened = Store.existing(store)
     rows = chain(opened, reference, default_uri(opened))
     if json_:
         typer.echo(json.dumps({"chain": rows}))
@@ -177,54 +167,13 @@ def ui(
     ] = None,
 ) -> None:
     """Start the MLflow UI on the store, on this machine only, and print the pages worth opening."""
+    from pipelines.store import Store
     from pipelines.tracking import default_uri
     from pipelines.ui import serve
 
-    opened = _required(store)
+    opened = Store.existing(store)
     opened.require_writable()  # of the database; what it lacks is written first
     serve(opened, uri or default_uri(opened), port)
-
-
-@app.command(epilog="Example: pbkd report pipelines/recipes/digits.yaml --open")
-def report(
-    which: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RECIPE|PIPELINE_ID|SEARCH]",
-            help="What was run; without it the store's latest pipeline.",
-        ),
-    ] = None,
-    overrides: Overrides = None,
-    store: StoreOption = DEFAULT_STORE,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.html",
-            help="Where to; without it pipelines/ID/report.html in the store, or, if that may only be read, "
-            "report-ID.html here.",
-        ),
-    ] = None,
-    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
-    allow_import: AllowImport = False,
-    json_: Machine = False,
-) -> None:
-    """Write one HTML page about a pipeline or a search: results, figures, lineage. It needs no network.
-
-    The figures lie beside it as PNG files. `pbkd ui` shows both in MLflow too.
-    """
-    from pbkd.errors import UserError
-    from pipelines.reporting.write import leave_report, leave_search_report
-
-    opened = _required(store)
-    if which is not None and which in opened.searches():
-        about, written = {"search": which}, leave_search_report(opened, which, out)
-    else:
-        identity, command = _reported(which, overrides or [], opened)
-        about, written = {"pipeline": identity}, leave_report(opened, identity, command, out)
-    page, figures = str(written.page), [str(figure) for figure in written.figures]
-    typer.echo(json.dumps({"path": page, **about, "figures": figures}) if json_ else page)
-    if open_ and not webbrowser.open(written.page.as_uri()):
-        raise UserError(f"{page}: is written, but no browser was found to show it; open it yourself")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -287,46 +236,6 @@ def _existing(location: str) -> Store | None:
     from pipelines.store import Store
 
     return Store(location, writable=False) if Store.exists(location) else None
-
-
-def _required(location: str) -> Store:
-    from pipelines.store import Store
-
-    return Store.existing(location)
-
-
-def _graph(path: Path, recipe: Recipe, store: Store | None, until: str | None = None) -> Graph:
-    from pbkd.errors import UserError
-    from pipelines.graph import build_graph
-
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            graph = build_graph(recipe, store, store.root / "cache" if store else Path(cache))
-            return graph if until is None else graph.until(until.split(","))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-
-
-def _reported(which: str | None, overrides: list[str], store: Store) -> tuple[str, str | None]:
-    """The id of the pipeline that is meant, and the command that runs it, if it was named by its recipe."""
-    from pbkd.errors import UserError
-    from pipelines.reporting.facts import choose_pipeline
-
-    if which is None:
-        return choose_pipeline(store), None
-    if "=" in which:
-        raise UserError(f"override '{which}': name its recipe before it: pbkd report RECIPE {which}")
-    path = Path(which)
-    if not (path.suffix in (".yaml", ".yml") or len(path.parts) > 1 or path.is_file()):
-        if overrides:
-            raise UserError(f"override '{overrides[0]}': '{which}' is no recipe (.yaml) that it could be of")
-        return choose_pipeline(store, which), None
-    from pipelines.graph import pipeline_id, require_keys
-    from pipelines.recipe import load_recipe
-
-    graph = _graph(path, load_recipe(path, overrides), store)
-    require_keys(graph)
-    return pipeline_id(graph), shlex.join(["pbkd", "run", which, *overrides, "--store", store.location])
 
 
 def _plan_rows(graph: Graph, store: Store | None) -> list[dict[str, Any]]:

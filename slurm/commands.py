@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipelines.cli import Overrides, RecipePath, Until
 from pipelines.inspect_command import AllowImport
+from pipelines.recipe_arguments import Overrides, RecipePath, Until
 from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption
 from slurm.records import ExecutorName
 
