@@ -93,8 +93,8 @@ def architecture(
     """The spec of a named architecture for images of `input_shape` (C, H, W).
 
     Raises:
-        UserError: no architecture has this name, the images are too small for it, or it is a foreign one that
-            cannot be partitioned.
+        UserError: no architecture has this name, it lacks an option that is set, the images are too small for
+            it, or it is a foreign one that cannot be partitioned.
     """
     if isinstance(settings, ForeignSettings):
         return partition(settings, input_shape, num_classes)
@@ -104,10 +104,15 @@ def architecture(
         hint = f"did you mean '{near[0]}'?" if near else "it is none of the known ones."
         raise UserError(f"network.arch: unknown architecture '{name}'; {hint}\nKnown: {', '.join(NAMES)}")
     if name.startswith("vgg"):
-        return _vgg(settings, input_shape, num_classes)
-    if int(name.removeprefix("resnet")) in CIFAR_DEPTHS:
-        return _cifar_resnet(settings, input_shape, num_classes)
-    return _resnet(settings, input_shape, num_classes)
+        family, options = _vgg, ("head", "dropout")
+    elif int(name.removeprefix("resnet")) in CIFAR_DEPTHS:
+        family, options = _cifar_resnet, ("shortcut", "base_width")
+    else:
+        family, options = _resnet, ("stem", "base_width")
+    for key, field in NetworkSettings.model_fields.items():
+        if key not in ("arch", *options) and getattr(settings, key) != field.default:
+            raise UserError(f"network.{key}: {name} has no such option; it has {' and '.join(options)}")
+    return family(settings, input_shape, num_classes)
 
 
 def _vgg(settings: NetworkSettings, input_shape: tuple[int, int, int], num_classes: int) -> NetworkSpec:

@@ -63,6 +63,7 @@ MISTAKES = [
     ("stages.teacher.optimizer=3", "'stages.teacher.optimizer': expected a valid dictionary"),
     ("stages.teacher.optimizer.lr=-1", "'stages.teacher.optimizer.lr': expected greater than 0, found -1"),
     ("stages.teacher.network.arch=resnet21", "unknown architecture 'resnet21'; did you mean 'resnet"),
+    ("stages.teacher.network.head=[32]", "network.head: resnet20 has no such option; it has shortcut and base_width"),
     ("stages.teacher.epochs=1", "'stages.teacher': give the length either as epochs or as steps"),
     ("stages=3", "'stages': expected a valid dictionary, found 3"),
     ("stages.a b={kind: prune, ratio: 0.2}", "expected a name of letters, digits, '_' and '-', found 'a b'"),

@@ -42,8 +42,9 @@ def small_vgg(norm: bool, dropout: float = 0.0) -> NetworkSpec:
 
 
 def small_resnet(arch: str = "resnet20", shortcut: str = "B", base_width: int = 8) -> NetworkSpec:
-    """`resnet20` for basic, `resnet50` for bottleneck units."""
-    settings = NetworkSettings.model_validate({"arch": arch, "shortcut": shortcut, "base_width": base_width})
+    """`resnet20` for basic, `resnet50` for bottleneck units, which have but one kind of shortcut."""
+    options = {"shortcut": shortcut} if arch == "resnet20" else {}
+    settings = NetworkSettings.model_validate({"arch": arch, "base_width": base_width} | options)
     return architecture(settings, (1, 8, 8), 10)
 
 
