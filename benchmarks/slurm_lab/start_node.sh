@@ -18,6 +18,8 @@ LAB=$1 N=$2
 hostname "$N"; mount --make-rprivate /
 mount -t tmpfs -o size=2g shm /dev/shm
 mount --bind "$LAB/hosts" /etc/hosts
+# No name server is within a node's reach, and torch's rendezvous asks one: it would wait 20 s for the answer.
+mount --bind "$LAB/nsswitch.conf" /etc/nsswitch.conf
 mount --bind "$LAB/nodes/$N/empty" "$LAB/login-only"
 export SLURM_CONF=$LAB/slurm.conf
 slurmd -D -f "$SLURM_CONF" -N "$N" </dev/null >"$LAB/log/slurmd.$N.out" 2>&1 &

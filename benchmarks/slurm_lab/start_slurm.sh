@@ -115,6 +115,7 @@ export SLURM_CONF=$LAB/slurm.conf
 # Debian 12's slurmd wants a cgroup plugin even where nothing uses it; v1 asks for no dbus or systemd
 echo "CgroupPlugin=cgroup/v1" >"$LAB/cgroup.conf"
 { echo "127.0.0.1 localhost"; echo "$CTL $HOST"; for i in $(seq "$NODES"); do echo "$NET.$i n$i"; done; } >"$LAB/hosts"
+sed 's/^hosts:.*/hosts: files/' /etc/nsswitch.conf >"$LAB/nsswitch.conf"
 
 # --- daemons ---
 SLURM_CONF="$LAB/slurmdbd.conf" slurmdbd; retry 30 timeout 5 sacctmgr -n list cluster
