@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,7 +71,7 @@ when_imported("pbkd.engine.loop", change)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one kill."""
+    """What came of one kill; the steps are those of the stage that repeated the most."""
 
     survived: bool
     steps_repeated: int
@@ -198,8 +199,9 @@ def kill_once(
         if report is not None and driver:
             reused = {stage["key"] for stage in report["stages"] if stage["state"] == "reused"}
             survived = survived and {name.removesuffix(".json") for name in finished} <= reused
-        every = [step for _, step in command.steps()]
-        return Outcome(survived, len(every) - len(set(every)), recovery)
+        times = Counter(step for _, step in command.steps())
+        repeated = Counter(step.rpartition(" ")[0] for step, count in times.items() if count > 1)
+        return Outcome(survived, max(repeated.values(), default=0), recovery)
     finally:
         for started in commands:
             started.end()
