@@ -3,10 +3,11 @@
 from pbkd.data.digest import data_digest
 from pbkd.data.loader import resolve_loader
 from pbkd.data.reader import Batch, Data, Reader, open_data
-from pbkd.data.settings import READER_VERSION, DataInfo, DataSettings
+from pbkd.data.settings import READER_VERSION, AbsolutePath, DataInfo, DataSettings
 
 __all__ = [
     "READER_VERSION",
+    "AbsolutePath",
     "Batch",
     "Data",
     "DataInfo",

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pbkd.data.beton import default_folder, read_manifest
 from pbkd.data.folder import list_classes
@@ -13,6 +13,17 @@ from pbkd.errors import UserError
 READER_VERSION = 1
 """Raised by hand when the same settings, seed and data begin to give other numbers; part of every stage
 key."""
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:  # ~NAME of nobody
+        raise ValueError(f"{path}: {error}") from error
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+"""A path as a recipe gives it, `~` and relative ones too; workers have another current folder."""
 
 Augmentation = Literal["none", "crop_flip", "crop_flip_cutout", "shift", "resized_crop_flip"]
 
@@ -80,7 +91,7 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["digits", "cifar10", "cifar100", "folder"]
-    root: Path | None = None
+    root: AbsolutePath | None = None
     download: bool = False
     batch_size: int = Field(default=128, ge=1)
     eval_batch_size: int = Field(default=500, ge=1)
@@ -94,7 +105,7 @@ class DataSettings(BaseModel):
     limit: int | None = Field(default=None, ge=2)
     workers: int = Field(default=2, ge=1)
     loader: Literal["auto", "ffcv", "torch"] = "auto"
-    beton: Path | None = None
+    beton: AbsolutePath | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -148,12 +159,12 @@ class DataSettings(BaseModel):
         """The folder `root` names. Raises UserError when the recipe names none."""
         if self.root is None:
             raise UserError(f"data.root is not set, and {self.name} is read from disk\ncure: data.root=DIR")
-        return self.root.expanduser()
+        return self.root
 
     def beton_paths(self) -> tuple[Path, Path]:
         """The betons of the training and the test part. Raises UserError when neither `beton` nor `root` is
         set."""
-        folder = self.beton.expanduser() if self.beton else default_folder(self.data_root(), self.name)
+        folder = self.beton or default_folder(self.data_root(), self.name)
         return folder / "train.beton", folder / "test.beton"
 
     def describe(self) -> DataInfo:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
 from pbkd.artifact import read_tensors
-from pbkd.data import DataInfo
+from pbkd.data import AbsolutePath, DataInfo
 from pbkd.errors import UserError
 from pbkd.networks import (
     AnyNetworkSettings,
@@ -36,7 +35,7 @@ class Load(Stage):
 
     kind: Literal["load"] = "load"
     network: AnyNetworkSettings
-    weights: Path | None = None
+    weights: AbsolutePath | None = None
     pretrained: bool = False
 
     @model_validator(mode="after")

@@ -404,7 +404,8 @@ def test_a_pipeline_trains_from_betons_and_its_manifests_say_so(
     photographs: Path, executor: str, tmp_path: Path
 ):
     workers = 2 if executor == "local" else 1
-    settings = on(photographs, f"compute.executor={executor}", f"compute.workers={workers}")
+    relative = Path(os.path.relpath(photographs, ROOT))  # workers on Ray have another current folder
+    settings = on(relative, f"compute.executor={executor}", f"compute.workers={workers}")
     report = run(RECIPE, *settings, "--until", "teacher", "--store", with_database(tmp_path / "runs"))
     assert states(report) == {"teacher": "ran"}
     manifest = Store(tmp_path / "runs").manifest(report["stages"][0]["key"])
