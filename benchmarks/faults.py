@@ -58,8 +58,8 @@ def change(module):
     take_step = module._Training.take_step
     def logged(training, *arguments):
         take_step(training, *arguments)
-        size = sum(p.numel() for p in training.trained.parameters())
-        line = f"{os.getpid()} {training.seed} {size} {training.step}\\n".encode()
+        stage = training.session._storage.location()  # its work folder, named by its key
+        line = f"{os.getpid()} {stage} {training.step}\\n".encode()
         log = os.open(os.environ["PBKD_FAULTS_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.write(log, line)
         os.close(log)
@@ -99,7 +99,7 @@ class Command:
         )
 
     def steps(self) -> list[tuple[str, str]]:
-        """(process, step) of every step logged so far; a step names its training too."""
+        """(process, step) of every step logged so far; a step names its stage too."""
         if not self._log.exists():
             return []
         lines = (line.partition(" ") for line in self._log.read_text().splitlines())
