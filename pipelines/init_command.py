@@ -60,7 +60,8 @@ def init(
 
     if weights is not None and pretrained:
         raise UserError("--pretrained: --weights gives the network's weights already; leave one of them out")
-    settings = _data_settings(data, root, image_size)
+    place = _place(data, root)
+    settings = _data_settings(data, place, image_size)
     name = "_".join(
         re.sub(r"\W+", "_", part).strip("_").lower() for part in (re.split("[/:]", arch)[-1], Path(data).name)
     )
@@ -69,29 +70,36 @@ def init(
         raise UserError(f"{path}: is there already; remove it, or name another file with --out")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another file with --out")
-    text = _render(path, name, arch, settings, weights, pretrained, epochs)
+    text = _render(path, name, arch, settings, place, weights, pretrained, epochs)
     _try_out(text, weights)
     path.write_text(text, encoding="utf-8")
     command = shlex.join(["pbkd", "plan", str(path)])
     typer.echo(f"{path}\nnext:  {command}    {command.replace(' plan ', ' run ', 1)}")
 
 
-def _data_settings(data: str, root: Path, image_size: int | None) -> DataSettings:
+def _place(data: str, root: Path) -> Path | None:
+    """Where the data lie, as it was typed; None for those that are in memory."""
+    from pbkd.errors import UserError
+
+    if data in KNOWN_DATA:
+        return None if data == "digits" else root
+    if not Path(data).is_dir():
+        raise UserError(
+            f"--data {data}: no such folder; give one with train/CLASS and val/CLASS, or one of "
+            f"{', '.join(KNOWN_DATA)}"
+        )
+    return Path(data)
+
+
+def _data_settings(data: str, place: Path | None, image_size: int | None) -> DataSettings:
     from pydantic import ValidationError
 
     from pbkd.data import DataSettings
     from pbkd.errors import UserError
 
-    given: dict[str, Any] = {"name": data, "root": None if data == "digits" else root}
-    if data not in KNOWN_DATA:
-        if not Path(data).is_dir():
-            raise UserError(
-                f"--data {data}: no such folder; give one with train/CLASS and val/CLASS, or one of "
-                f"{', '.join(KNOWN_DATA)}"
-            )
-        given = {"name": "folder", "root": Path(data)}
+    name: Any = data if data in KNOWN_DATA else "folder"
     try:
-        return DataSettings(**given, image_size=image_size)
+        return DataSettings(name=name, root=place, image_size=image_size)
     except ValidationError as error:
         raise UserError(f"--data {data}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
@@ -101,6 +109,7 @@ def _render(
     name: str,
     arch: str,
     settings: DataSettings,
+    place: Path | None,
     weights: Path | None,
     pretrained: bool,
     epochs: int,
@@ -123,7 +132,7 @@ def _render(
         name=name,
         arch=arch,
         data=settings.name,
-        root=None if settings.root is None else str(settings.root),
+        root=None if place is None else str(place),
         channels=info.input_shape[0],
         side=info.input_shape[1],
         classes=info.num_classes,
