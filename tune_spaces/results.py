@@ -115,7 +115,7 @@ def write(search: Search, store: Store) -> Results:
     teacher = store.manifest(key) if key is not None else None
     importance = importances(list(record.trials.values()), search.space, objective)
     files = {"trials": record.folder / "trials.csv", "pareto": record.folder / "pareto.png"}
-    files["trials"].write_text(_csv(record, search.space, {winner.trial.number for winner in winners}))
+    files["trials"].write_text(_csv(record, search.space, winners))
     files["pareto"].write_bytes(pareto_figure(record, objective, teacher))
     if importance:
         files["importance"] = record.folder / "importance.png"
@@ -181,15 +181,16 @@ def _row(trial: Trial, winners: set[int]) -> dict[str, Any]:
     }
 
 
-def _csv(record: SearchRecord, space: Space, winners: set[int]) -> str:
+def _csv(record: SearchRecord, space: Space, winners: Sequence[Winner]) -> str:
+    """Trials in a table; the last column, for winners alone, is the test accuracy in percent."""
     text = io.StringIO()
+    tested = {winner.trial.number: winner.manifest.metrics.get("test_accuracy") for winner in winners}
     keys = [parameter.key for parameter in space.parameters]
-    rows = [_row(trial, winners) for trial in record.trials.values()]
+    rows = [_row(trial, set(tested)) for trial in record.trials.values()]
     names: Sequence[str] = [name for name in (rows[0] if rows else {}) if name != "message"]
     writer = csv.writer(text)
-    writer.writerow([names[0] if names else "number", *keys, *names[1:]])
+    writer.writerow([names[0] if names else "number", *keys, *names[1:], "test_accuracy"])
     for trial, row in zip(record.trials.values(), rows, strict=True):
-        writer.writerow(
-            [row[names[0]], *(trial.params[key] for key in keys), *(row[name] for name in names[1:])]
-        )
+        values = [trial.params[key] for key in keys] + [row[name] for name in names[1:]]
+        writer.writerow([row[names[0]], *values, tested.get(trial.number)])
     return text.getvalue()
