@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pbkd.errors import StageError
+
 ROWS_PER_CHUNK = 1 << 15
 MAX_ROWS = 1 << 17
+DAMPINGS = 16
+"""How often the ridge is made ten times as large: from the least one to more than any variance."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,15 @@ class Regression:
     def _solve(self, ridge: float) -> Tensor:
         size = len(self.gram)
         damping = ridge * self.gram.diagonal().mean().clamp_min(1e-12)
-        factor = torch.linalg.cholesky(
-            self.gram + damping * torch.eye(size, dtype=torch.float64, device=self.gram.device)
-        )
+        identity = torch.eye(size, dtype=torch.float64, device=self.gram.device)
+        # Of an input that is constant, rounding leaves a variance of about nothing, which may be below zero.
+        for _ in range(DAMPINGS):
+            factor, failed = torch.linalg.cholesky_ex(self.gram + damping * identity)
+            if not failed:
+                break
+            damping = 10 * damping
+        else:
+            raise StageError("a block cannot be solved for: the features it is given are not finite")
         return torch.cholesky_solve(self.cross, factor)
 
 

@@ -74,7 +74,7 @@ def test_two_nodes_train_as_one_process_does(bench: Bench, tmp_path: Path) -> No
     """The same global batches: without BatchNorm, which on CPUs knows only its rank's share, or dropout."""
     images = save_folder(tmp_path / "images", train=16)  # a VGG halves its images five times
     settings = [
-        "stages.teacher.network={arch: vgg11, head: []}",
+        "stages.teacher.network={arch: vgg11, head: [], base_width: null}",
         f"data={{name: folder, root: {images}, num_classes: 3, image_size: 32, batch_size: 9}}",
         "data.augment=none", "data.val_fraction=0.125",
         "stages.teacher.steps=null", "stages.teacher.epochs=5", "stages.teacher.optimizer={lr: 0.01}",

@@ -3,10 +3,12 @@
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -361,17 +363,16 @@ def without_privileges() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("place", ["train/dog", "train/dog/01.png"])
-def test_what_cannot_be_read_is_named(place: str, root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(root)  # the folders above may be closed to others
-    for path in [root, *root.rglob("*")]:
-        path.chmod(0o777)
-    Path(place).chmod(0)
-    try:
+def test_what_cannot_be_read_is_named(place: str, root: Path):
+    with TemporaryDirectory() as open_to_all:  # the folders above pytest's own are closed to others
+        images = shutil.copytree(root, Path(open_to_all) / "images")
+        for path in [images.parent, images, *images.rglob("*")]:
+            path.chmod(0o777)
+        (images / place).chmod(0)
         with without_privileges(), pytest.raises(UserError, match=f"{place}: .*ermission"):
-            write(Path(), Path("out"))
-        assert names(Path("out")) == []
-    finally:
-        Path(place).chmod(0o700)
+            write(images, images / "out")
+        assert names(images / "out") == []
+        (images / place).chmod(0o700)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])

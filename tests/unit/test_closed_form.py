@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pbkd.students.closed_form import explaining_channels, regression
+from pbkd.errors import StageError
+from pbkd.students.closed_form import Regression, explaining_channels, regression
 
 TINY = 1e-9  # relative ridge too small to be seen in float32
 
@@ -81,6 +82,15 @@ def test_dead_inputs_do_not_break_the_solution() -> None:
     weights, bias = regression(inputs, targets, nn.Conv2d(2, 3, 3, padding=1), 1 << 20, 0).solve(1e-3)
     assert weights.abs().max() == 0.0
     torch.testing.assert_close(bias, targets.double().mean((0, 2, 3)))
+
+
+def test_constant_inputs_whose_variance_is_rounded_below_zero_are_solved() -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    constant = Regression(gram=-4e-7 * one[None], cross=-4e-7 * one[None], input_mean=one, target_mean=2 * one)
+    weights, bias = constant.solve(1e-3)
+    torch.testing.assert_close(weights[0] + bias, 2 * one)  # what it gives for that constant
+    with pytest.raises(StageError, match="not finite"):
+        Regression(gram=torch.nan * one[None], cross=one[None], input_mean=one, target_mean=one).solve(1e-3)
 
 
 def test_explaining_channels_pass_over_copies() -> None:
