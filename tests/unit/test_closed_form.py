@@ -86,7 +86,9 @@ def test_dead_inputs_do_not_break_the_solution() -> None:
 
 def test_constant_inputs_whose_variance_is_rounded_below_zero_are_solved() -> None:
     one = torch.ones(1, dtype=torch.float64)
-    constant = Regression(gram=-4e-7 * one[None], cross=-4e-7 * one[None], input_mean=one, target_mean=2 * one)
+    constant = Regression(
+        gram=-4e-7 * one[None], cross=-4e-7 * one[None], input_mean=one, target_mean=2 * one
+    )
     weights, bias = constant.solve(1e-3)
     torch.testing.assert_close(weights[0] + bias, 2 * one)  # what it gives for that constant
     with pytest.raises(StageError, match="not finite"):
