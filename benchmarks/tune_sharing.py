@@ -4,9 +4,11 @@
 
 The list is drawn from benchmarks/tune_sharing.yaml over the smoke-size digits recipe. The teacher is there
 beforehand in every store. `ratio` is wall-clock time with sharing by time without, each from the moment the
-first trial runs in its process, so without the start of Ray and the import of torch, to the end of the last;
-`work_ratio` is the time of the different stages by that of all, as they took without sharing; an overhead is
-what a trial took beyond its own stages. Appends a row to benchmarks/results/tune_sharing.csv.
+first trial runs in its process, so without the start of Ray and of its processes, which import torch and
+scikit-learn, to the end of the last. `work_ratio` is the time of the different stages by that of all, as they
+took without sharing; an overhead is what a trial took beyond its own stages. One trial at a time unless asked
+otherwise: of two, one waits while the other runs the stages that all trials begin with, which is a matter of
+how long a search is, not of what sharing costs. Appends a row to benchmarks/results/tune_sharing.csv.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from datetime import UTC, datetime
@@ -73,7 +76,25 @@ class Clock(Watch):
         return self._last - self._first
 
 
-class Alone(Search):
+def _in_ready_process(trainable: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """`trainable`, where the libraries are imported that the first trial in a process would wait for."""
+
+    def run(config: dict[str, Any]) -> None:
+        import sklearn.datasets  # noqa: F401 - has the digits
+        import torch._dynamo  # noqa: F401 - any optimizer imports it
+
+        trainable(config)
+
+    return run
+
+
+class Together(Search):
+    """A search as it is, of which the trials alone are timed."""
+
+    trainable = staticmethod(_in_ready_process(Search.trainable))
+
+
+class Alone(Together):
     """A search whose trials share nothing: each runs on a store of its own, which has the teacher."""
 
     stores: Path
@@ -136,7 +157,7 @@ def measure(trials: int, at_once: int) -> dict[str, Any]:
         if cli.main(["run", *arguments, "--store", str(place / "base")]):
             raise SystemExit("the teacher failed")
         alone, seconds_alone = searched(Alone, place, trials, at_once)
-        shared, seconds_shared = searched(Search, place, trials, at_once)
+        shared, seconds_shared = searched(Together, place, trials, at_once)
         seconds: dict[str, list[float]] = {}
         for trial in alone.trials.values():
             store = Store(place / pipeline_of(NAME, trial.number))
@@ -179,7 +200,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, default=16)
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="trials at the same time")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="trials at the same time; default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     for name, value in cli.ENVIRONMENT.items():

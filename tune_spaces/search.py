@@ -101,6 +101,9 @@ def description_of(subject: Subject, space: Space, objective: Objective, options
 class Search:
     """One driver of a search: of a new one, or of one that an earlier driver left."""
 
+    trainable = staticmethod(run_trial)
+    """What Ray Tune runs for a trial."""
+
     def __init__(
         self,
         subject: Subject,
@@ -214,7 +217,7 @@ class Search:
         searcher, touched = self.searcher(trials), self.space.touches(self.subject)
         folder = self._store.root / "ray"
         tuner = tune.Tuner(
-            tune.with_resources(run_trial, resources),
+            tune.with_resources(self.trainable, resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler_of(self.record, len(touched), self.options.early_stop),
