@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from matplotlib import rc_context
@@ -26,6 +27,7 @@ CIFAR = {  # the stage -> how it is called, on which side of its point
     "teacher": ("teacher", "right"),
     "start.3": ("closed-form start, no training", "left"),
     "two_stage": ("blocks, two-stage\ndistillation", "right"),
+    "kd_same_start": ("distilled from the same start", "left"),
     "recovered": ("pruned, recovered", "left"),
     "fine_tuned": ("pruned, fine-tuned", "left"),
     "hybrid": ("blocks, pruning,\nrecovery", "right"),
@@ -54,9 +56,9 @@ def _digits(axes: Axes) -> None:
     ratio = next(float(row["macs_ratio"]) for row in _rows("digits.csv") if row["stage"] == "recovered")
     for place, stage in enumerate(DIGITS):
         row, colour = summary[stage], {"teacher": GREY, "recovered": BLUE}.get(stage, VERMILLION)
-        mean, deviation = float(row["mean"]), float(row["sd"])
-        axes.errorbar(mean, -place, xerr=deviation, fmt="o", color=colour, capsize=3)
-        axes.annotate(f"{mean:.2f}", (mean, -place), (0, 5), textcoords="offset points", ha="center")
+        accuracy, deviation = float(row["mean"]), float(row["sd"])
+        axes.errorbar(accuracy, -place, xerr=deviation, fmt="o", color=colour, capsize=3)
+        axes.annotate(f"{accuracy:.2f}", (accuracy, -place), (0, 5), textcoords="offset points", ha="center")
     axes.set_yticks(range(0, -len(DIGITS), -1), DIGITS.values())
     axes.set_ylim(-len(DIGITS) + 0.6, 0.6)
     axes.set_xlabel(f"test accuracy in %, {summary['teacher']['seeds']} seeds, mean and deviation")
@@ -64,19 +66,23 @@ def _digits(axes: Axes) -> None:
 
 
 def _cifar(axes: Axes) -> None:
-    rows = {row["stage"]: row for row in _rows("compare_cifar10.csv") if row["seed"] == "0"}
+    rows = _rows("compare_cifar10.csv")
+    seeds = len({row["seed"] for row in rows})
     for stage, (label, side) in CIFAR.items():
-        point = float(rows[stage]["macs"]) / 1e6, float(rows[stage]["test_accuracy"])
-        colour = GREY if stage == "teacher" else VERMILLION if stage == "fine_tuned" else BLUE
-        axes.plot(*point, "o", color=colour)
+        same = [row for row in rows if row["stage"] == stage]
+        cost = mean(float(row["macs"]) for row in same) / 1e6
+        accuracy = [float(row["test_accuracy"]) for row in same]
+        others = {"teacher": GREY, "kd_same_start": VERMILLION, "fine_tuned": VERMILLION}
+        colour = others.get(stage, BLUE)
+        axes.errorbar(cost, mean(accuracy), yerr=stdev(accuracy), fmt="o", color=colour, capsize=3)
         offset = (7 if side == "left" else -7, 0)
-        text = f"{label} {point[1]:.2f}"
-        axes.annotate(text, point, offset, textcoords="offset points", ha=side, va="center")
+        text = f"{label} {mean(accuracy):.2f}"
+        axes.annotate(text, (cost, mean(accuracy)), offset, textcoords="offset points", ha=side, va="center")
     axes.margins(y=0.12)
     axes.set_xlim(-6, 136)
     axes.set_xlabel("million multiply-accumulates")
-    axes.set_ylabel("test accuracy in %")
-    axes.set_title("CIFAR-10, ResNet-56, 4 epochs, one seed", fontsize=10, loc="left")
+    axes.set_ylabel(f"test accuracy in %, {seeds} seeds")
+    axes.set_title("CIFAR-10, ResNet-56, 4 epochs", fontsize=10, loc="left")
 
 
 def _rows(name: str) -> list[dict[str, str]]:
