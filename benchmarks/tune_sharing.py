@@ -76,22 +76,20 @@ class Clock(Watch):
         return self._last - self._first
 
 
-def _in_ready_process(trainable: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
-    """`trainable`, where the libraries are imported that the first trial in a process would wait for."""
-
-    def run(config: dict[str, Any]) -> None:
-        import sklearn.datasets  # noqa: F401 - has the digits
-        import torch._dynamo  # noqa: F401 - any optimizer imports it
-
-        trainable(config)
-
-    return run
-
-
 class Together(Search):
     """A search as it is, of which the trials alone are timed."""
 
-    trainable = staticmethod(_in_ready_process(Search.trainable))
+    def trainable(self) -> Callable[[dict[str, Any]], None]:
+        """Its own, where the libraries are imported that the first trial of a process would wait for."""
+        run_trial = super().trainable()
+
+        def run(config: dict[str, Any]) -> None:
+            import sklearn.datasets  # noqa: F401 - has the digits
+            import torch._dynamo  # noqa: F401 - any optimizer imports it
+
+            run_trial(config)
+
+        return run
 
 
 class Alone(Together):

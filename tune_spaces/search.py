@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -100,9 +101,6 @@ def description_of(subject: Subject, space: Space, objective: Objective, options
 
 class Search:
     """One driver of a search: of a new one, or of one that an earlier driver left."""
-
-    trainable = staticmethod(run_trial)
-    """What Ray Tune runs for a trial."""
 
     def __init__(
         self,
@@ -209,6 +207,10 @@ class Search:
         }
         return RecordingSearcher(self.record, trials, self._store, config, self._begun, self._ended)
 
+    def trainable(self) -> Callable[[dict[str, Any]], None]:
+        """What Ray Tune runs for a trial."""
+        return run_trial
+
     def _tune(self, trials: Trials, resources: dict[str, float], hands: int) -> None:
         from ray import tune
 
@@ -217,7 +219,7 @@ class Search:
         searcher, touched = self.searcher(trials), self.space.touches(self.subject)
         folder = self._store.root / "ray"
         tuner = tune.Tuner(
-            tune.with_resources(self.trainable, resources),
+            tune.with_resources(self.trainable(), resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=scheduler_of(self.record, len(touched), self.options.early_stop),
