@@ -67,7 +67,7 @@ def run_pipeline(
             if not is_recorded:
                 recipe = OmegaConf.create(graph.recipe.model_dump(mode="json"))
                 store.records(identity).replace(RECIPE, OmegaConf.to_yaml(recipe).encode())
-                _run(driver, executor, latencies)
+                _run(driver, executor, latencies, tracker)
             if with_report:
                 made = _made_report(store, identity) if is_recorded else None
                 report = made or _report(store, identity)
@@ -95,14 +95,15 @@ def run_pipeline(
     )
 
 
-def _run(driver: Driver, executor: Executor | None, latencies: Latencies) -> None:
+def _run(driver: Driver, executor: Executor | None, latencies: Latencies, tracker: Tracker) -> None:
     """Run and measure, with a beginning and an end in the journal."""
     driver.begin()
     end = {"status": "failed"}
     try:
         if executor is not None:
             driver.run(executor)
-        latencies.measure(driver.manifests.values())
+        with tracker.resting():
+            latencies.measure(driver.manifests.values())
         for manifest in driver.manifests.values():
             driver.record("latency", key=manifest.key, latencies=latencies.of(manifest))
         end = {"status": "finished"}

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 IDS = "tracking.json"
 LONGEST_PAUSE_SECONDS = 60.0
+REST_SECONDS = 30.0
 # A dead server is to cost seconds, not the minutes of MLflow's own settings; what the user set stands.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
@@ -124,6 +125,7 @@ class Tracker:
             self.follow(pipeline_id)
         self._has_failed = False
         self._closing = threading.Event()
+        self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="pbkd-tracker", daemon=True)
 
     def follow(self, pipeline_id: str) -> None:
@@ -168,6 +170,19 @@ class Tracker:
         """Begin to project in the background, as the journal grows."""
         self._thread.start()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Write nothing meanwhile: it would cost whatever is timed in this process.
+
+        Waits for what is being written, but not for an MLflow that does not answer.
+        """
+        is_resting = self._writing.acquire(timeout=REST_SECONDS)
+        try:
+            yield
+        finally:
+            if is_resting:
+                self._writing.release()
+
     def close(self, timeout: float = 30.0) -> bool:
         """Write the rest of the journal and end the thread; False if `timeout` seconds were not enough."""
         self._closing.set()
@@ -185,7 +200,8 @@ class Tracker:
         while True:
             is_last = self._closing.is_set()  # asked before reading, so that the last reading sees all
             try:
-                self.project()
+                with self._writing:
+                    self.project()
                 self._has_failed, pause = False, POLL_SECONDS
             except Exception as error:  # whatever it is, training goes on
                 if not self._has_failed:

@@ -293,9 +293,8 @@ class Search:
         winners = self.objective.winners(self.record.trials.values())
         keys = [trial.stages[self.subject.graph.student] for trial in winners]
         keys.append(winners[0].stages[self.subject.graph.teacher])
-        for manifest in map(self._store.manifest, keys):
-            if manifest is not None:
-                latencies.measure([manifest])
+        with self._tracker.resting():
+            latencies.measure(manifest for manifest in map(self._store.manifest, keys) if manifest)
 
 
 def _hands(compute: Compute, wanted: int | None) -> tuple[dict[str, float], int]:

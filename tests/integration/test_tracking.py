@@ -24,7 +24,7 @@ from pipelines.cli import main
 from pipelines.lease import try_acquire
 from pipelines.reporting.write import leave_report
 from pipelines.store import Store
-from pipelines.tracking import Tracker, connect, default_uri, read_ids, replay
+from pipelines.tracking import POLL_SECONDS, Tracker, connect, default_uri, read_ids, replay
 from tests.integration.recorded_pipeline import (
     PIPELINE,
     STAGES,
@@ -350,6 +350,17 @@ def test_the_background_thread_writes_what_the_driver_appends(store: Store) -> N
     record_pipeline(store)
     assert tracker.close(timeout=60)
     assert len(runs_of(default_uri(store))) == 5
+
+
+def test_nothing_is_written_while_something_is_timed(store: Store) -> None:
+    tracker = Tracker(default_uri(store), store, PIPELINE)
+    tracker.start()
+    with tracker.resting():
+        record_pipeline(store)
+        time.sleep(3 * POLL_SECONDS)
+        assert read_ids(store, PIPELINE) == {}
+    assert tracker.close(timeout=60)
+    assert read_ids(store, PIPELINE)
 
 
 def test_an_unusable_mlflow_is_reported_once_and_stops_nothing(
