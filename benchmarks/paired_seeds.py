@@ -34,9 +34,15 @@ COLUMNS = (
     "recipe", "overrides", "seed", "stage", "role", "kind", "macs", "macs_ratio", "params", "test_accuracy",
     "val_accuracy", "agreement", "seconds", "key", "digest", "commit", "processor", "torch", "date",
     "test_top5", "nll", "ece", "kl", "nonzero_params", "nonzero_macs", "latency_ms", "latency_ms_batch32",
-    "memory_peak_mb",
+    "memory_peak_mb", "gradient_norm_max", "feature_cka_min",
 )  # fmt: skip
-SUMMARY_COLUMNS = ("recipe", "stage", "seeds", "mean", "sd", "student_minus", "low", "high")
+MEANS = ("test_top5", "nll", "ece", "agreement", "kl", "gradient_norm_max", "feature_cka_min")
+SUMMARY_COLUMNS = (
+    "recipe", "stage", "seeds", "mean", "sd", "student_minus", "low", "high", "compression", "macs_ratio",
+    "nonzero_macs_ratio", *MEANS,
+)  # fmt: skip
+"""Of test accuracy mean, deviation and the student's paired differences; the teacher's size over the stage's,
+as ShrinkBench has it (zeros do not count in the first and third ratio); means of the other metrics."""
 NO_RESULT = (
     "compute.executor=", "compute.concurrency=", "compute.fuse=", "data.root=", "data.beton=", "tracking.",
 )  # fmt: skip
@@ -52,7 +58,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value")
-    parser.add_argument("--seeds", type=int, default=5, help="how many; default: %(default)s")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        help="how many (0: only sum up the rows there are); default: %(default)s",
+    )
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="default: %(default)s")
     parser.add_argument(
         "--until", metavar="STAGE[,STAGE]", help="only these and what they need, as pbkd run has it"
@@ -63,20 +74,27 @@ def main() -> int:
     out = arguments.out or Path(__file__).parent / "results" / f"{arguments.recipe.stem}.csv"
     overrides = " ".join(item for item in arguments.overrides if not item.startswith(NO_RESULT))
     signal.signal(signal.SIGTERM, _interrupt)
-    code = 0
+    code, summary = 0, record(out, load_recipe(arguments.recipe, arguments.overrides).name, overrides, [])
     for seed in range(arguments.first, arguments.first + arguments.seeds):
         seeded = [*arguments.overrides, f"seed={seed}"]
         recipe = load_recipe(arguments.recipe, seeded)
         until = ["--until", arguments.until] if arguments.until else []
         code = run(arguments.recipe, [*seeded, *until], arguments.store)
-        rows = write(out, finished_rows(recipe, overrides, Store(arguments.store)))
-        same = [row for row in rows if (row["recipe"], row["overrides"]) == (recipe.name, overrides)]
-        summary = summarize(same)
-        _write(out.with_stem(out.stem + "_summary"), SUMMARY_COLUMNS, summary)
+        summary = record(
+            out, recipe.name, overrides, finished_rows(recipe, overrides, Store(arguments.store))
+        )
         if code:
             break
     sys.stdout.write("\n".join(["test accuracy in percent, final epoch", *map(sentence, summary), ""]))
     return code
+
+
+def record(out: Path, recipe: str, overrides: str, rows: Sequence[Row]) -> list[Row]:
+    """Add rows to the CSV, then write and return the summary of all of this recipe and these overrides."""
+    same = [row for row in write(out, rows) if (row["recipe"], row["overrides"]) == (recipe, overrides)]
+    summary = summarize(same)
+    _write(out.with_stem(out.stem + "_summary"), SUMMARY_COLUMNS, summary)
+    return summary
 
 
 def run(recipe: Path, arguments: Sequence[str], store: Path) -> int:
@@ -140,9 +158,12 @@ def summarize(rows: Iterable[Row]) -> list[Row]:
     """
     accuracy: dict[str, dict[str, float]] = {}  # by stage and seed
     first: dict[str, Row] = {}
+    all_of: dict[str, list[Row]] = {}
     for row in rows:
         accuracy.setdefault(row["stage"], {})[row["seed"]] = float(row["test_accuracy"])
         first.setdefault(row["stage"], row)
+        all_of.setdefault(row["stage"], []).append(row)
+    teacher = next((row for row in first.values() if row["role"] == "teacher"), None)
     student = next((accuracy[name] for name, row in first.items() if row["role"] == "student"), {})
     summary = []
     for name, row in first.items():
@@ -156,8 +177,27 @@ def summarize(rows: Iterable[Row]) -> list[Row]:
             line["student_minus"] = f"{statistics.mean(differences):+.2f}"
             if len(differences) > 1:
                 line["low"], line["high"] = (f"{end:+.2f}" for end in interval(differences))
+        if teacher is not None:
+            line |= _ratios(teacher, row)
+        for metric in MEANS:
+            if all(row.get(metric) for row in all_of[name]):
+                line[metric] = f"{statistics.mean(float(row[metric]) for row in all_of[name]):.4g}"
         summary.append(line)
     return summary
+
+
+def _ratios(teacher: Row, row: Row) -> Row:
+    """How many times less than the teacher the stage's network is."""
+    parts = (
+        ("compression", "params", "nonzero_params"),
+        ("macs_ratio", "macs", "macs"),
+        ("nonzero_macs_ratio", "macs", "nonzero_macs"),
+    )
+    return {
+        name: f"{float(teacher[whole]) / float(row[left]):.2f}"
+        for name, whole, left in parts
+        if row.get(left)
+    }
 
 
 def sentence(row: Row) -> str:

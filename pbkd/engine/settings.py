@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator, model_validator
 from torch import nn
 
 
@@ -84,6 +84,13 @@ class TrainingSettings(Settings):
     epochs: NonNegativeInt | None = None
     steps: NonNegativeInt | None = None
     optimizer: OptimizerSettings = OptimizerSettings()
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _over_the_defaults(cls, given: Any) -> Any:
+        """What is not given keeps the default of this kind of training."""
+        default: OptimizerSettings = cls.model_fields["optimizer"].default
+        return default.model_dump(exclude_unset=True) | given if isinstance(given, dict) else given
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

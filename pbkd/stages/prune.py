@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pbkd.data import DataInfo
 from pbkd.errors import UserError
-from pbkd.networks import AnySpec, BlockNetwork, TracedSpec, cost_of, maskable_weights, spec_of
+from pbkd.networks import AnySpec, BlockNetwork, NetworkSpec, TracedSpec, cost_of, maskable_weights, spec_of
 from pbkd.networks.block_network import ConvLayer, Residual, path_of
 from pbkd.networks.channels import narrowed_by_count
 from pbkd.networks.spec import BlockSpec, ConvSpec, PadShortcut, ResidualUnit, Unit, layers_of
@@ -26,7 +26,9 @@ from pbkd.students import initialize_least_squares
 
 Criterion = Literal["l1", "group_norm", "bn_scale"]
 LARGEST_RATIO = 0.95
-SEARCH_STEPS = 200
+SEARCH_STEPS = 211
+"""Ratios that a target of multiply-accumulates is searched over, `SEARCH_STEP` apart; the last one is 1."""
+SEARCH_STEP = LARGEST_RATIO / 200
 
 
 class Prune(Stage):
@@ -92,11 +94,11 @@ class Prune(Stage):
         if self.sparsity is not None:
             return spec
         self._check(spec)
-        if self.macs is not None and self.scope == "interior":
-            self._check_least(cost_of(_narrowed(spec, 1.0, self.round_to)).macs, cost_of(spec).macs)
-        if self.ranking == "global" or self.scope == "all":
+        if self.ranking == "global":
+            if self.macs is not None:
+                self._check_least(cost_of(self._narrowed(spec, 1.0)).macs, cost_of(spec).macs)
             raise Unplanned("which layers lose channels depends on the weights")
-        return _narrowed(spec, self._uniform_ratio(spec), self.round_to)
+        return self._narrowed(spec, self._uniform_ratio(spec))
 
     def keeps_interfaces(self) -> bool:
         """With `scope: interior`."""
@@ -158,20 +160,30 @@ class Prune(Stage):
         if self.ratio is not None:
             return self.ratio
         return self._smallest_ratio(
-            cost_of(spec).macs, lambda ratio: cost_of(_narrowed(spec, ratio, self.round_to)).macs
+            cost_of(spec).macs, lambda ratio: cost_of(self._narrowed(spec, ratio)).macs
         )
+
+    def _narrowed(self, spec: AnySpec, ratio: float) -> AnySpec:
+        """What uniform pruning leaves, from the spec alone."""
+
+        def left(channels: int) -> int:
+            return _left(channels, ratio, self.round_to)
+
+        if isinstance(spec, TracedSpec):
+            return narrowed_by_count(spec, prunable_groups(spec, self.scope), left)
+        return _narrowed(spec, left, left if self.scope == "all" else int)
 
     def _smallest_ratio(self, macs: int, macs_left: Callable[[float], int]) -> float:
         assert self.macs is not None
         low, high = 0, SEARCH_STEPS
-        self._check_least(macs_left(LARGEST_RATIO), macs)
+        self._check_least(macs_left(1.0), macs)
         while high - low > 1:
             middle = (low + high) // 2
-            if macs_left(LARGEST_RATIO * middle / SEARCH_STEPS) <= self.macs * macs:
+            if macs_left(middle * SEARCH_STEP) <= self.macs * macs:
                 high = middle
             else:
                 low = middle
-        return LARGEST_RATIO * high / SEARCH_STEPS
+        return min(1.0, high * SEARCH_STEP)
 
     def _check_least(self, least: int, macs: int) -> None:
         assert self.macs is not None
@@ -184,7 +196,7 @@ class Prune(Stage):
     def _pruned(self, given: BlockNetwork) -> BlockNetwork:
         if self.ratio is not None:
             return self._pruned_by(given, self.ratio)
-        if self.ranking == "uniform" and self.scope == "interior":
+        if self.ranking == "uniform":
             return self._pruned_by(given, self._uniform_ratio(given.spec))
         ratio = self._smallest_ratio(
             cost_of(given.spec).macs, lambda ratio: cost_of(self._pruned_by(given, ratio).spec).macs
@@ -281,29 +293,43 @@ def _left(channels: int, ratio: float, round_to: int) -> int:
     return min(channels, max(round_to, math.floor((1 - ratio) * channels / round_to + 0.5) * round_to))
 
 
-def _narrowed(spec: AnySpec, ratio: float, round_to: int) -> AnySpec:
-    """What uniform pruning of the interior leaves, from the spec alone."""
-    if isinstance(spec, TracedSpec):
-        groups = prunable_groups(spec, "interior")
-        return narrowed_by_count(spec, groups, lambda channels: _left(channels, ratio, round_to))
+def _narrowed(spec: NetworkSpec, left: Callable[[int], int], joint: Callable[[int], int]) -> NetworkSpec:
+    """`spec` with `left(n)` of n channels everywhere, but `joint(n)` where blocks and branches meet."""
 
-    def path(layers: tuple[ConvSpec, ...]) -> tuple[ConvSpec, ...]:
-        channels, narrowed = layers[0].in_channels, []
-        for layer in layers:
-            left = layer.out_channels if layer is layers[-1] else _left(layer.out_channels, ratio, round_to)
-            narrowed.append(layer.model_copy(update={"in_channels": channels, "out_channels": left}))
-            channels = left
+    def path(
+        layers: tuple[ConvSpec, ...], given: int, inside: Callable[[int], int] = left
+    ) -> tuple[ConvSpec, ...]:
+        narrowed = []
+        for number, layer in enumerate(layers, 1):
+            gives = (joint if number == len(layers) else inside)(layer.out_channels)
+            narrowed.append(layer.model_copy(update={"in_channels": given, "out_channels": gives}))
+            given = gives
         return tuple(narrowed)
 
-    def unit(given: Unit) -> Unit:
-        name = "branch" if isinstance(given, ResidualUnit) else "layers"
-        return given.model_copy(update={name: path(layers_of(given))})
+    def unit(before: Unit, given: int) -> Unit:
+        if not isinstance(before, ResidualUnit):
+            return before.model_copy(update={"layers": path(before.layers, given)})
+        shortcut = before.shortcut
+        if isinstance(shortcut, ConvSpec):
+            (shortcut,) = path((shortcut,), given)
+        return before.model_copy(update={"branch": path(before.branch, given), "shortcut": shortcut})
 
+    stem = path(spec.stem.layers, spec.input_shape[0], inside=joint)
+    channels = stem[-1].out_channels if stem else spec.input_shape[0]
+    blocks = []
+    for block in spec.blocks:
+        units = []
+        for before in block.units:
+            units.append(unit(before, channels))
+            channels = layers_of(units[-1])[-1].out_channels
+        blocks.append(BlockSpec(units=tuple(units)))
     first, *hidden, last = spec.classifier.widths
-    widths = (first, *(_left(width, ratio, round_to) for width in hidden), last)
+    features = first // spec.blocks[-1].out_channels * channels
+    widths = (features, *map(left, hidden), last)
     return spec.model_copy(
         update={
-            "blocks": tuple(BlockSpec(units=tuple(map(unit, block.units))) for block in spec.blocks),
+            "stem": spec.stem.model_copy(update={"layers": stem}),
+            "blocks": tuple(blocks),
             "classifier": spec.classifier.model_copy(update={"widths": widths}),
         }
     )

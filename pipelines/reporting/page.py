@@ -46,6 +46,7 @@ class Column:
     form: Callable[[float], str]
     tip: str = ""
     if_any: bool = False  # leave it out where no stage has a value
+    of_teacher: str | None = None  # this metric of the pipeline's teacher, divided by the stage's `metric`
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,22 @@ def _digits(number: int, unit: str = "") -> Callable[[float], str]:
 COSTS = (
     Column("test, %", "test_accuracy", _digits(2), "accuracy on the test set after the last epoch"),
     Column("params", "params", human, "parameters"),
-    Column("non-zero", "nonzero_params", human, "parameters that are not zero"),
+    Column(
+        "compression",
+        "nonzero_params",
+        _digits(2, "x"),
+        "the teacher's parameters over those not zero here",
+        of_teacher="params",
+    ),
     Column("MACs", "macs", human, "multiply-accumulates of one image"),
-    Column("MACs ratio", "macs_ratio", _digits(2, "x"), "MACs of the pipeline's teacher over the stage's"),
+    Column("MACs ratio", "macs", _digits(2, "x"), "the teacher's MACs over those here", of_teacher="macs"),
+    Column(
+        "without zeros",
+        "nonzero_macs",
+        _digits(2, "x"),
+        "the same, if nothing were multiplied by zero",
+        of_teacher="macs",
+    ),
     Column("ms, batch 1", "latency_ms", _digits(2), "milliseconds for one image, median"),
     Column("ms, batch 32", "latency_ms_batch32", _digits(2), "milliseconds for 32 images, median"),
     Column("compiled, batch 1", "latency_ms_compiled", _digits(2), "by torch.compile, milliseconds", True),
@@ -258,9 +272,9 @@ def _table(
         cells = []
         for column in shown:
             value = stage.value(column.metric)
-            if column.metric == "macs_ratio":
-                # The manifest's is to the stage's own teacher, which may be an assistant.
-                value = _ratio(facts.stages[facts.teacher], stage, "macs")
+            if column.of_teacher is not None and value:
+                whole = facts.stages[facts.teacher].value(column.of_teacher)
+                value = whole / value if whole else None
             cells.append(NOTHING if value is None else column.form(value))
         if with_time:
             cells.append(NOTHING if stage.seconds is None else duration(stage.seconds))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.paired_seeds import COLUMNS, finished_rows, summarize, write
+from benchmarks.paired_seeds import COLUMNS, finished_rows, record, summarize, write
 from pbkd import artifact
 from pbkd.networks import fresh
 from pipelines.graph import build_graph
@@ -69,6 +69,25 @@ def test_a_file_without_the_newer_columns_gets_them_and_equal_rows_are_replaced(
     assert [(row["seed"], row["test_accuracy"], row["nll"]) for row in rows] == [
         ("0", "97.0", ""), ("1", "98.0", "0.25")
     ]  # fmt: skip
+
+
+def test_the_summary_has_size_without_zeros_and_means_of_the_other_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "small.csv"
+    sizes = {"params": 100, "nonzero_params": 100, "macs": 1000, "nonzero_macs": 1000}
+    halved = sizes | {"macs": 500, "nonzero_macs": 250, "nonzero_params": 20}
+    for seed, nll in enumerate((0.1, 0.2)):
+        student = row_of("student", "student", seed, 97.0) | halved | {"nll": nll}
+        write(path, [row_of("teacher", "teacher", seed, 98.0) | sizes, student])
+    teacher, student = record(path, "small", "", [])
+    assert (teacher["compression"], teacher["macs_ratio"], teacher["nonzero_macs_ratio"]) == ("1.00",) * 3
+    assert (student["compression"], student["macs_ratio"], student["nonzero_macs_ratio"]) == (
+        "5.00",
+        "2.00",
+        "4.00",
+    )
+    assert student["nll"] == "0.15" and "ece" not in student
+    with path.with_name("small_summary.csv").open(newline="") as file:
+        assert [row["nll"] for row in csv.DictReader(file)] == ["", "0.15"]
 
 
 def test_the_summary_is_of_all_sessions_and_pairs_what_both_have(tmp_path: Path) -> None:

@@ -82,10 +82,12 @@ def test_uniform_interior_pruning_gives_what_was_planned(
 def test_macs_target_is_met_in_every_mode(kind: str, ranking: str, scope: str, criterion: str) -> None:
     network = network_of(kind)
     settings = {"macs": 0.7, "ranking": ranking, "scope": scope, "criterion": criterion, "round_to": 2}
-    if (ranking, scope) != ("uniform", "interior"):
+    pruned = prune(network, **settings)
+    if ranking == "global":
         with pytest.raises(Unplanned):
             Prune.model_validate(settings).plan({"from": network.spec}, info)
-    pruned = prune(network, **settings)
+    else:
+        assert Prune.model_validate(settings).plan({"from": network.spec}, info) == pruned.spec
     assert 0.3 < macs(pruned) / macs(network) <= 0.7
     check(pruned)
     interfaces = [block.out_channels for block in pruned.spec.blocks]
@@ -153,10 +155,11 @@ def test_channels_left_are_multiples(round_to: int) -> None:
 
 def test_mistakes_are_refused_before_anything_runs() -> None:
     spec: NetworkSpec = SPECS["basic_a"]
-    with pytest.raises(UserError, match="can leave no less than 0"):
-        Prune(macs=0.01, round_to=2).plan({"from": spec}, info)
-    with pytest.raises(UserError, match="can leave no less than 0"):
-        Prune(macs=0.01, round_to=2, ranking="global").plan({"from": spec}, info)
+    for kind, scope in (("basic_a", "interior"), ("basic_b", "all")):
+        for ranking in ("uniform", "global"):
+            choice = {"scope": scope, "ranking": ranking, "round_to": 2}
+            with pytest.raises(UserError, match=r"can leave no less than 0\.\d"):
+                Prune.model_validate({"macs": 0.01, **choice}).plan({"from": SPECS[kind]}, info)
     with pytest.raises(UserError, match=r"option A.*scope=interior, or network.shortcut=B"):
         Prune(ratio=0.5, scope="all").plan({"from": spec}, info)
     other = architecture(NetworkSettings(arch="resnet20"), (3, 32, 32), 100)
@@ -186,3 +189,16 @@ def test_estimated_statistics_are_those_of_the_images(batch_size: int) -> None:
     assert not any(module.training for module in network.modules())
     momenta = {m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)}
     assert momenta == {0.1}
+
+
+@pytest.mark.parametrize("kind", ["vgg_bn", "basic_b", "bottleneck"])
+@pytest.mark.parametrize("scope", ["interior", "all"])
+def test_the_least_that_a_plan_promises_is_reached(kind: str, scope: str) -> None:
+    network = network_of(kind)
+    choice: dict[str, Any] = {"ranking": "global", "scope": scope, "round_to": 2}
+    with pytest.raises(UserError) as refused:
+        Prune(macs=1e-6, **choice).plan({"from": network.spec}, info)
+    least = float(str(refused.value).split("no less than ")[1].split()[0])
+    pruned = prune(network, macs=least + 1e-3, **choice)
+    assert macs(pruned) <= (least + 1e-3) * macs(network)
+    check(pruned)
