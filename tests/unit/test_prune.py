@@ -106,6 +106,25 @@ def test_the_strongest_filters_survive() -> None:
     assert torch.equal(pruned.blocks[0][0][0].conv.weight, survivors)
 
 
+@pytest.mark.parametrize("criterion", ["l1", "group_norm", "bn_scale"])
+def test_each_criterion_keeps_what_it_finds_important(criterion: str) -> None:
+    network = network_of("vgg_bn")
+    first, second = network.blocks[0][0]
+    with torch.no_grad():  # by each criterion other channels are the four strongest
+        first.conv.weight[:4] *= 20.0
+        second.conv.weight[:, 2:6] *= 60.0
+        first.norm.weight[4:8] = 100.0
+        first.norm.weight[:4] = 0.01
+    strong = {"l1": range(4), "group_norm": range(2, 6), "bn_scale": range(4, 8)}[criterion]
+    if criterion == "group_norm":  # of the whole group: filters, norm and the next layer's weights
+        first.norm.weight.data.fill_(1.0)
+        first.conv.weight.data[:4] /= 20.0
+    kept = first.conv.weight[list(strong)].clone()
+    half = Prune(ratio=1 - 4 / first.conv.out_channels, criterion=criterion, round_to=4, recalibrate_images=0)
+    context = Context(LocalSession(), {"from": network}, digits(limit=100), 0, Precision())
+    assert torch.equal(half.run(context).blocks[0][0][0].conv.weight, kept)
+
+
 def test_removing_dead_channels_changes_nothing() -> None:
     network = network_of("basic_b")
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from pbkd.stages import (
     Train,
     run_stage,
 )
+from pbkd.stages.block import _local_and_labels
 from pbkd.stages.run import FEATURE_IMAGES
 from tests.unit.small_networks import digits, random_norms, small_bottleneck, small_resnet, small_vgg
 
@@ -325,3 +327,22 @@ def test_smoke_is_a_few_steps_of_the_same() -> None:
     assert Block(block=1, epochs=0).smoke().epochs == 0
     assert Block(block=1, epochs=9).smoke().init_images == 32
     assert Prune(ratio=0.5, recalibrate_images=0).smoke().recalibrate_images == 0
+
+
+def test_a_block_minimizes_lambda_times_the_local_loss_plus_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.rand(2, 3, 4, 5, 5, generator=generator, dtype=torch.float64).unbind()
+    logits = torch.randn(3, 10, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([1, 0, 9])
+    found = _local_and_labels(output, logits, target, labels, weight=7.0, reduction="frobenius")["loss"]
+    for n in range(3):
+        local = 0.5 * sum(float(d) ** 2 for d in (output[n] - target[n]).flatten())
+        label = math.log(sum(math.exp(float(z)) for z in logits[n])) - float(logits[n, labels[n]])
+        assert float(found[n]) == pytest.approx(7.0 * local + label)
+
+
+def test_an_optimizer_keeps_the_defaults_of_its_kind_of_stage() -> None:
+    assert Stabilize.model_validate({"epochs": 1, "optimizer": {"lr": 0.1}}).optimizer.weight_decay == 0.0
+    given = {"epochs": 1, "optimizer": {"lr": 0.1, "weight_decay": 1e-4}}
+    assert Stabilize.model_validate(given).optimizer.weight_decay == 1e-4
+    assert Distill.model_validate({"epochs": 1, "optimizer": {"lr": 0.1}}).optimizer.weight_decay == 5e-4
