@@ -75,7 +75,7 @@ class Meeting:
 
 
 class RayNode:
-    """Ray's daemons on this machine, in a folder of their own that is removed with them; a context manager.
+    """Ray's daemons on this machine, in a private folder that is removed with them; a context manager.
 
     They never see the signals that Slurm sends to all processes of a job: trainings end by the store, after
     a checkpoint. If this process dies, the kernel kills them.
@@ -115,7 +115,7 @@ class RayNode:
             "node-ip-address": self.ip,
             "num-cpus": self._cpus,
             "object-store-memory": OBJECT_STORE_BYTES,
-            "temp-dir": self._folder,
+            "temp-dir": self._folder / "r",  # Ray opens it to everybody, but not the folder around it
             "include-log-monitor": "false",  # the driver does not show workers' output
             # Ports: any that is free, so that jobs on one node do not meet.
             "min-worker-port": 0,
