@@ -15,6 +15,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 START_SECONDS = 120
 DAEMONS = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "munged", "mariadbd", "ip")
+NEEDED = {
+    "namespaces": ["true"],
+    "mounts in them": ["mount", "-t", "tmpfs", "shm", "/mnt"],
+    "network bridges": ["ip", "link", "add", "bridge0", "type", "bridge"],
+    "virtual network devices": ["ip", "link", "add", "one", "type", "veth", "peer", "name", "other"],
+}
+"""What the nodes are made of, and how to try it without leaving anything."""
 PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
 
 
@@ -24,13 +31,16 @@ def why_not() -> str | None:
         return "it needs root, to make nodes of namespaces; run the tests as root"
     if missing := [name for name in DAEMONS if shutil.which(name, path=PATH) is None]:
         return f"{', '.join(missing)} not found: make slurm"
-    for what in (["unshare", "--net", "--uts", "--pid", "--mount", "--fork", "true"], ["mount", "--version"]):
+    for needed, words in NEEDED.items():
         try:
-            found = subprocess.run(what, capture_output=True, text=True, check=False)
+            found = subprocess.run(
+                ["unshare", "--net", "--uts", "--pid", "--mount", "--fork", *words],
+                env=os.environ | {"PATH": PATH}, capture_output=True, text=True, check=False,
+            )  # fmt: skip
         except OSError as error:
-            return f"{what[0]}: {error.strerror}"
+            return f"unshare: {error.strerror}"
         if found.returncode != 0:
-            return f"it needs namespaces, and this machine allows none: {found.stderr.strip()}"
+            return f"it needs {needed}, and this machine allows none: {found.stderr.strip()}"
     return None
 
 
