@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from pbkd.errors import UserError
@@ -22,7 +23,10 @@ def main() -> int:
         return end.code
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     happened = events(folder)
-    if any(event["type"] == "requeued" and event["restart"] == restart for event in happened):
+    is_on_its_way = any(event["type"] == "requeued" and event["restart"] == restart for event in happened)
+    if is_on_its_way or scheduler.is_preempted():
+        with suppress(UserError):  # it was requeued already, unless the tasks' container lacks scontrol
+            scheduler.requeue()
         time.sleep(ON_ITS_WAY_SECONDS)  # Slurm ends this shell first
         return 1
     allowed = read_job(jobs, scheduler.job_id()).restarts

@@ -27,7 +27,8 @@ class Allocation(BaseModel):
         requeues: time limits and, in jobs of at most ten minutes, preemptions that are survived.
         restarts: how often a job is begun again after a failure that Slurm does not requeue for.
         setup: lines of shell before Python: module loads, `source .../activate`.
-        python: the command that starts Python on a node, such as a container's; default: this one.
+        python: the command that starts Python in a step, such as a container's; default: this one, which also
+            ends the job, outside of any container: nodes have to see it in either case.
         srun, sbatch: options more, such as `--container-image=...`, and `{constraint: a100}`; a bare one is
             `true`.
         temporary: a folder of each node alone, with a short name; sockets lie in it.

@@ -151,7 +151,6 @@ class Submission:
     def _parameters(self) -> dict[str, Any]:
         """What Slurm is asked for, in submitit's words."""
         allocation = self.allocation
-        python = allocation.python or shlex.quote(sys.executable)
         whole = allocation.cpus_per_node is None
         asked = {
             "job_name": self.name,
@@ -168,9 +167,12 @@ class Submission:
             "signal_delay_s": allocation.grace_seconds,
             "stderr_to_stdout": True,
             "setup": list(allocation.setup) or None,
-            # A task that dies takes the others with it; `after_step` then begins the job again.
+            # A task that dies takes the others with it; `after_step` then begins the job again, from outside
+            # the container that the tasks may be in: Slurm's commands are not in there.
             "srun_args": ["--kill-on-bad-exit=1", *self._step_options()],
-            "teardown": [f"{python} -m slurm.after_step $? {shlex.quote(str(self.jobs))}"],
+            "teardown": [
+                f"{shlex.quote(sys.executable)} -m slurm.after_step $? {shlex.quote(str(self.jobs))}"
+            ],
             "additional_parameters": {"requeue": True, **allocation.flags()},
         }
         return {name: value for name, value in asked.items() if value is not None} | {"wckey": None}

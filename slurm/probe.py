@@ -25,13 +25,22 @@ BUSY = (
 def probe(allocation: Allocation, paths: Sequence[Path]) -> list[str]:
     """Compare this machine with as many nodes as are asked for; returns what could not be found out.
 
+    Asked is the Python of the tasks, in their container, and then the one outside that ends the job.
+
     Raises:
         UserError: a node lacks one of `paths`, cannot start Python, or has another Python, package or pbkd.
     """
+    if allocation.python is None:
+        return _ask(allocation, shlex.quote(sys.executable), allocation.srun, paths)
+    return _ask(allocation, allocation.python, allocation.srun, paths) or _ask(
+        allocation, shlex.quote(sys.executable), (), paths
+    )
+
+
+def _ask(allocation: Allocation, python: str, srun: Sequence[str], paths: Sequence[Path]) -> list[str]:
+    command = _command(allocation, python, srun, paths)
     try:
-        found = subprocess.run(
-            _command(allocation, paths), capture_output=True, text=True, check=False, timeout=SECONDS
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return [f"the compute nodes did not answer in {SECONDS} s; the job itself compares, when it starts"]
     if any(word in found.stderr for word in BUSY):
@@ -52,7 +61,6 @@ def probe(allocation: Allocation, paths: Sequence[Path]) -> list[str]:
             )
     if found.returncode != 0 or len(reports) < allocation.nodes:
         said = [line for line in found.stderr.splitlines() if line.strip()] or ["nothing"]
-        python = allocation.python or sys.executable
         raise UserError(
             f"compute nodes cannot start Python ({python}): {said[0].removeprefix('srun: error: ')}\n"
             "it has to lie where all nodes see it; see `setup` and `python` of the site profile"
@@ -60,7 +68,7 @@ def probe(allocation: Allocation, paths: Sequence[Path]) -> list[str]:
     return []
 
 
-def _command(allocation: Allocation, paths: Sequence[Path]) -> list[str]:
+def _command(allocation: Allocation, python: str, srun: Sequence[str], paths: Sequence[Path]) -> list[str]:
     given = {
         "partition": allocation.partition,
         "account": allocation.account,
@@ -78,6 +86,5 @@ def _command(allocation: Allocation, paths: Sequence[Path]) -> list[str]:
         for name, value in given.items()
         if value not in (None, False)
     ]
-    python = allocation.python or shlex.quote(sys.executable)
     line = f"{python} -m slurm.fingerprint {shlex.join(map(str, paths))}"
-    return ["srun", *options, *allocation.srun, "bash", "-c", "\n".join([*allocation.setup, line])]
+    return ["srun", *options, *srun, "bash", "-c", "\n".join([*allocation.setup, line])]
