@@ -325,11 +325,11 @@ class Store:
 
     def search_records(self, name: str) -> Storage:
         """Return where a search's journal is."""
-        return self.storage.below(_place("searches", name))
+        return self.storage.below(place("searches", name))
 
     def records(self, pipeline_id: str) -> Storage:
         """Return where a pipeline's journal and its recipe.yaml are."""
-        return self.storage.below(_place("pipelines", pipeline_id))
+        return self.storage.below(place("pipelines", pipeline_id))
 
     def journal(self, pipeline_id: str) -> Journal:
         """Return the journal of a pipeline, whether it is begun or not."""
@@ -357,7 +357,7 @@ class Store:
         return self.storage.names("searches")
 
     def _here(self, kind: str, name: str) -> Path:
-        folder = self.root / _place(kind, name)
+        folder = self.root / place(kind, name)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -374,7 +374,8 @@ def _latency(network: str, machine: str) -> str:
     return f"latency/{hex_name(network)}-{sha256(machine.encode()).hexdigest()[:16]}.json"
 
 
-def _place(kind: str, name: str) -> str:
+def place(kind: str, name: str) -> str:
+    """Where in a store the search or pipeline `name` is. Raises UserError if that is no name of one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise UserError(f"{name!r} names none of the {kind}: expected letters, digits and - _ . only")
     return f"{kind}/{name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +110,7 @@ def tune(
     qos: Qos = None,
     profile: Profile = None,
     executor: Executor = "slurm",
+    sweep: Sweep = None,
     store: StoreOption = DEFAULT_STORE,
     dry_run: DryRun = False,
     follow: Follow = False,
@@ -116,14 +118,23 @@ def tune(
 ) -> None:
     """Search in an allocation: `pbkd tune`, in a Ray cluster over its nodes.
 
-    Overrides and options that are not listed here are those of `pbkd tune`, which gets them as they are.
+    Overrides and options that are not listed here are those of `pbkd tune`, which gets them as they are. A
+    sweep is a search for each value, named after it, of a key or an option: `--sweep=--seed=0,1`.
     """
-    files = [Path(word).absolute() for word in (space, str(recipe)) if Path(word).is_file()]
-    overrides = [word for word in context.args if "=" in word and not word.startswith("-")]
+    from tune_spaces.commands import check
+
+    typed = [space, str(recipe), *context.args]
+    name = check(typed, store)
+    key, values = _values(sweep)
+    variants = [typed]
+    if key:
+        variants = [[*typed, f"{key}={value}", f"--name={name}-{key.strip('-')}-{value}"] for value in values]
+        for variant in variants:
+            check(variant, store)
     _launch(
-        [["tune", space, str(recipe), *context.args]],
-        f"tune-{_recipe_name(recipe, overrides, None)}",
-        files,
+        [["tune", *variant] for variant in variants],
+        f"tune-{name}",
+        [Path(word).absolute() for word in (space, str(recipe)) if Path(word).is_file()],
         store,
         _allocation(profile, nodes, cpus_per_node, gpus_per_node, mem, partition, time, account, qos),
         executor,
@@ -231,6 +242,8 @@ def _launch(
     )
     if dry_run:
         typer.echo(submission.text())
+        for number, command in enumerate(submission.commands):
+            typer.echo(f"# {number}: pbkd {shlex.join(command)}")
         return
     for doubt in submission.check():
         typer.echo(f"note: {doubt}", err=True)

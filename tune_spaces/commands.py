@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -13,7 +16,12 @@ from pipelines.inspect_command import AllowImport
 from pipelines.store_commands import DEFAULT_STORE, Machine, StoreOption, store_argument
 
 if TYPE_CHECKING:
+    from pipelines.recipe import Recipe
+    from pipelines.store import Store
+    from tune_spaces.objective import Objective
     from tune_spaces.search import Options
+    from tune_spaces.space import Space
+    from tune_spaces.subject import Subject
 
 app = typer.Typer()
 
@@ -68,7 +76,6 @@ def tune(
     An interrupted search goes on when the same command is typed again.
     """
     import logging
-    import sys
     from contextlib import redirect_stdout
 
     from rich.console import Console
@@ -80,11 +87,8 @@ def tune(
     from pipelines.recipe import load_recipe
     from pipelines.signals import Stop, stopping
     from pipelines.store import Store
-    from tune_spaces.objective import objective_of
     from tune_spaces.results import write
     from tune_spaces.search import Options, Search
-    from tune_spaces.space import open_space
-    from tune_spaces.subject import Subject
     from tune_spaces.watch import ConsoleWatch, table
 
     console = Console(stderr=True)
@@ -93,29 +97,19 @@ def tune(
         with stopping(), tempfile.TemporaryDirectory() as cache, redirect_stdout(sys.stderr):
             loaded = load_recipe(recipe, overrides or [])
             opened = Store(store) if Store.exists(store) else None  # a report of a search is written into it
-            subject = Subject.of(recipe, loaded, opened, opened.root / "cache" if opened else Path(cache))
-            searched = open_space(space, subject)
-            goals = objective_of(subject, objective, max_macs, max_latency)
-            options = _options(
-                Options(
-                    name or f"{loaded.name}-{searched.name}",
-                    trials,
-                    sampler,
-                    seed,
-                    max_concurrent,
-                    early_stop,
-                ),
-                goals.goals,
-            )
-            require_keys(subject.graph)
+            options = Options(name or "", trials, sampler, seed, max_concurrent, early_stop)
+            limits = (objective, max_macs, max_latency)
+            place = opened.root / "cache" if opened else Path(cache)
+            asked = _asked(recipe, loaded, space, limits, options, opened, place)
+            require_keys(asked.subject.graph)
             if report and opened is None:
                 raise UserError(
                     f"store {store}: there is none; run the search first, or name it by --store DIR"
                 )
             if opened is None:  # made only now: a mistake leaves nothing behind
-                require_machine(subject.graph.recipe.compute)
+                require_machine(asked.subject.graph.recipe.compute)
                 opened = Store(store)
-            search = Search(subject, searched, goals, options, opened, ConsoleWatch(console))
+            search = Search(*asked, opened, ConsoleWatch(console))
             if report:
                 search.require_record()
             else:
@@ -130,19 +124,69 @@ def tune(
         return
     out = Console(width=None if sys.stdout.isatty() else 140)
     out.print(table(results))
-    out.print(_where_to_look(options.name, page, store_argument(store)), soft_wrap=True)
+    out.print(_where_to_look(asked.options.name, page, store_argument(store)), soft_wrap=True)
 
 
 def _where_to_look(name: str, page: Path, where: str) -> str:
     return f"\nnext:    pbkd report {name}{where}\nreport:  {page}\nMLflow:  pbkd ui{where}"
 
 
-def _options(options: Options, goals: tuple[str, ...]) -> Options:
-    from pbkd.errors import UserError
+class _Asked(NamedTuple):
+    """What was typed, checked."""
 
-    if options.early_stop and len(goals) > 1:
+    subject: Subject
+    space: Space
+    objective: Objective
+    options: Options
+
+
+def check(words: Sequence[str], store: str) -> str:
+    """The name of the search that `pbkd tune WORDS` is; nothing is begun, written or downloaded.
+
+    Raises:
+        UserError, typer.TyperException: it would be refused.
+    """
+    from pipelines.recipe import load_recipe
+    from pipelines.store import Store
+    from tune_spaces.search import Options
+
+    typed: dict[str, Any] = typer.main.get_command(app).make_context("pbkd tune", list(words)).params
+    recipe = Path(typed["recipe"])
+    loaded = load_recipe(recipe, typed["overrides"] or [])
+    loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"download": False})})
+    drawing = ("trials", "sampler", "seed", "max_concurrent", "early_stop")
+    options = Options(typed["name"] or "", **{name: typed[name] for name in drawing})
+    limits = (typed["objective"], typed["max_macs"], typed["max_latency"])
+    opened = Store(store, writable=False) if Store.exists(store) else None
+    with tempfile.TemporaryDirectory() as cache:
+        return _asked(recipe, loaded, typed["space"], limits, options, opened, Path(cache)).options.name
+
+
+def _asked(
+    path: Path,
+    recipe: Recipe,
+    space: str,
+    limits: tuple[str | None, float | None, float | None],
+    options: Options,
+    store: Store | None,
+    cache: Path,
+) -> _Asked:
+    """See whether it can be searched, as far as one can know before. Raises UserError if it can not."""
+    from pbkd.errors import UserError
+    from pipelines.store import place
+    from tune_spaces.objective import objective_of
+    from tune_spaces.space import open_space
+    from tune_spaces.subject import Subject
+
+    subject = Subject.of(path, recipe, store, cache)
+    searched = open_space(space, subject)
+    objective = objective_of(subject, *limits)
+    options = replace(options, name=options.name or f"{recipe.name}-{searched.name}")
+    place("searches", options.name)
+    if options.early_stop and len(objective.goals) > 1:
         raise UserError(
-            f"--early-stop: goes by accuracy alone, and would stop the small networks of {','.join(goals)}\n"
+            f"--early-stop: goes by accuracy alone, and would stop the small networks of "
+            f"{','.join(objective.goals)}\n"
             "leave it out, or search accuracy under a limit: --objective accuracy --max-macs 0.5"
         )
-    return options
+    return _Asked(subject, searched, objective, options)

@@ -22,6 +22,7 @@ srun --unbuffered --output /s/slurm/%j/%j_%t_log.out --kill-on-bad-exit=1 --cpus
 
 # teardown
 PYTHON -m slurm.after_step $? /s/slurm
+# 0: pbkd run tests/integration/small.yaml --store /s
 #!/bin/bash
 
 # Parameters
@@ -46,4 +47,7 @@ srun --unbuffered --output /s/slurm/%A_%a/%A_%a_%t_log.out --kill-on-bad-exit=1 
 
 
 # teardown
-/opt/venv/bin/python -m slurm.after_step $? /s/slurm
+PYTHON -m slurm.after_step $? /s/slurm
+# 0: pbkd run tests/integration/small.yaml seed=0 --store /s
+# 1: pbkd run tests/integration/small.yaml seed=1 --store /s
+# 2: pbkd run tests/integration/small.yaml seed=2 --store /s

@@ -12,6 +12,7 @@ from slurm.allocation import load_allocation, parse_minutes
 from slurm.fingerprint import Fingerprint
 from slurm.records import End, JobRecord, read_end, read_job, state, write_end, write_job
 
+VALIDATION = "data.val_fraction=0.2"
 RECORDED = Path(__file__).with_name("slurm_submission.sh")
 PROFILES = """
 default: {partition: gpu, account: vision, time: 4:00:00, gpus_per_node: 4}
@@ -29,6 +30,49 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(PROFILES)
     monkeypatch.setenv("PBKD_SLURM_PROFILES", str(path))
     return path
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Of a search of the digits recipe: exit code, stdout and stderr."""
+    recipe = "pipelines/recipes/digits.yaml"
+    code = main(["slurm", "tune", words[0], recipe, VALIDATION, *words[1:], "--dry-run", "--store", "/s"])
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["jiont"], "space 'jiont': there is none; did you mean 'joint'?"),
+        (["joint", "--trails", "8"], "No such option: --trails (Possible options: --trials)"),
+        (["joint", "--trials", "0"], "Invalid value for '--trials'"),
+        (["joint", "--sampler", "best"], "'best' is not one of 'tpe', 'nsga2', 'fixed'"),
+        (["joint", "--max-macs", "-1"], "--max-macs -1: expected a number above 0"),
+        (["joint", "--objective", "macs"], "--objective macs: without accuracy"),
+        (["joint", "--early-stop"], "--early-stop: goes by accuracy alone"),
+        (["joint", "--name", "a/b"], "'a/b' names none of the searches"),
+        (["joint", "sed=1"], "unknown key 'sed'; did you mean 'seed'?"),
+        (["joint", "--sweep=--sed=0,1"], "No such option: --sed"),
+        (["joint", "--sweep", "sed=0,1"], "unknown key 'sed'"),
+        (["joint", "--sweep", "seed=0,"], "--sweep seed=0,: expected KEY=VALUE,VALUE"),
+    ],
+)
+def test_mistakes_in_a_search_are_told_before_it_waits_in_a_queue(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = dry_run(capsys, *words)
+    assert (code, out) == (2, "") and said in err and len(err.splitlines()) <= 3
+
+
+def test_a_sweep_of_a_search_is_an_array_of_searches_each_with_a_name(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, _ = dry_run(capsys, "joint", "--trials", "4", "--sweep=--seed=0,1")
+    assert code == 0 and "#SBATCH --array=0-1%2" in out
+    assert out.splitlines()[-2:] == [
+        f"# {seed}: pbkd tune joint pipelines/recipes/digits.yaml {VALIDATION} --trials 4 --seed={seed} "
+        f"--name=digits-joint-seed-{seed} --store /s"
+        for seed in (0, 1)
+    ]
 
 
 def test_the_script_is_as_recorded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -110,16 +154,11 @@ def test_the_first_who_declares_the_end_is_believed(tmp_path: Path) -> None:
         read_job(tmp_path, "78")
 
 
-def test_a_job_without_slurm_ends_as_its_command_does(
+def test_more_nodes_than_this_machine_are_refused_without_slurm(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [
-        "tests/integration/small.yaml",
-        "--executor",
-        "debug",
-        "--store",
-        str(tmp_path / "runs"),
-        "--json",
-    ]
-    assert main(["slurm", "run", *words, "--nodes", "2"]) == 2
-    assert "--nodes 2: --executor debug has this machine alone" in capsys.readouterr().err
+    words = ["tests/integration/small.yaml", "--nodes", "2", "--store", str(tmp_path / "runs")]
+    for executor in ("local", "debug"):
+        assert main(["slurm", "run", *words, "--executor", executor]) == 2
+        assert f"--nodes 2: --executor {executor} has this machine alone" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
