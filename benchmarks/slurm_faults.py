@@ -153,10 +153,10 @@ FAULTS: dict[str, Callable[[Job, Bench], None]] = {
 }
 
 
-def suffer(bench: Bench, *faults: str) -> Outcome:
+def suffer(bench: Bench, *faults: str, is_contained: bool = False) -> Outcome:
     """Train on two nodes; do the faults one after another, each after some steps; see how it ends."""
     expected, store = bench.expected(), bench.store()
-    job = Job(bench, store, *TRAINING)
+    job = Job(bench, store, *TRAINING, is_contained=is_contained)
     job.wait_for_steps(1)
     first_step = time.time() - job.submitted_at
     recovery, queued = None, None
@@ -170,7 +170,7 @@ def suffer(bench: Bench, *faults: str) -> Outcome:
         queued = job.event("begun", -1) - done_at if is_restarted else None
     end = job.wait()
     digests = _digests(store)
-    survived = end["code"] == 0 and digests == expected and job.is_clean()
+    survived = end["code"] == 0 and digests == expected and job.is_clean() and job.accounted() == "COMPLETED"
     cluster = next(event["seconds"] for event in end["events"] if event["type"] == "cluster up")
     restarts = end["begun"] - 1
     return Outcome(
@@ -271,10 +271,13 @@ def main() -> None:
     """The command. Exit code 1 if a job did not survive."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    known = [*FAULTS, "requeued_twice", "scancel", "submitted_twice", "search"]
+    known = [*FAULTS, "time_limit_in_container", "requeued_twice", "scancel", "submitted_twice", "search"]
     parser.add_argument("faults", nargs="*", metavar="FAULT", help=f"one of {', '.join(known)}; all")
     arguments = parser.parse_args()
     special: dict[str, Callable[[Bench], Outcome]] = {
+        "time_limit_in_container": lambda bench: replace(
+            suffer(bench, "time_limit", is_contained=True), fault="time_limit_in_container"
+        ),
         "requeued_twice": lambda bench: replace(
             suffer(bench, "time_limit", "preemption"), fault="requeued_twice"
         ),

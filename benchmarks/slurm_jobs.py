@@ -40,6 +40,7 @@ def slow_down(module):
 
 when_imported("pbkd.storage", slow_down)
 """
+SLURM_COMMANDS = ("sacct", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 POLL_SECONDS = 0.1
 
 
@@ -99,10 +100,12 @@ class Job:
         nodes: int = 2,
         minutes: int = 30,
         hook: str = "",
+        is_contained: bool = False,
     ) -> None:
         """Submit it: a run of the recipe, or, with a `space`, a search.
 
-        `hook`: code more that its processes run as they start (`benchmarks.injected`).
+        `hook`: code more that its processes run as they start (`benchmarks.injected`). `is_contained`: what
+        the tasks run in has a Python that is only there, and no command of Slurm's.
         """
         self._bench, self.store = bench, store
         self._mark = uuid.uuid4().hex
@@ -110,7 +113,7 @@ class Job:
         environment = {
             MARK: self._mark,
             "PBKD_FAULTS_LOG": str(store.parent / "steps"),
-            "PBKD_SLURM_PROFILES": str(_profile(store.parent, bench.temporary.name)),
+            "PBKD_SLURM_PROFILES": str(_profile(store.parent, bench.temporary.name, is_contained)),
             "PBKD_FAULTS_SLOW": str(store.parent / "slow"),
             **injected(LOG_STEPS + SLOW_STORE + hook, store.parent / "hook"),
         }
@@ -118,7 +121,8 @@ class Job:
         self.submitted_at = time.time()
         what = ["run"] if space is None else ["tune", space]
         told = self.pbkd(*what, recipe or bench.recipe, *arguments, *where, "--json")
-        self.id: str = json.loads(told)["jobs"][0]
+        self.elements: list[str] = json.loads(told)["jobs"]
+        self.id = self.elements[0]
 
     def pbkd(self, *words: object) -> str:
         """What `pbkd slurm WORDS` says; raises CalledProcessError if it fails."""
@@ -130,7 +134,7 @@ class Job:
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            timeout=120,
+            timeout=LONGEST_SECONDS,
         ).stdout
 
     def status(self) -> dict[str, Any]:
@@ -186,6 +190,12 @@ class Job:
         """The job's state in Slurm's queue; empty once it has left it."""
         return self._bench.lab.ask("squeue", "--noheader", "--jobs", self.id, "--format", "%T")
 
+    def accounted(self) -> str:
+        """How the job ended, for Slurm."""
+        ask = ("sacct", "--noheader", "--allocations", "--parsable2", "--jobs", self.id, "--format", "State")
+        wait_until(lambda: self._bench.lab.ask(*ask) not in ("PENDING", "RUNNING"), "its end", self)
+        return self._bench.lab.ask(*ask)
+
     def wait_until_over(self) -> None:
         """Wait until the job has left the queue, and no process of it runs on any node."""
         wait_until(lambda: not self.queue(), "the queue to be empty", self)
@@ -205,11 +215,25 @@ class Job:
         return float(times[number])
 
 
-def _profile(folder: Path, temporary: str) -> Path:
+def _profile(folder: Path, temporary: str, is_contained: bool) -> Path:
     """A site profile for short jobs."""
+    profile = {"grace_seconds": "45", "probe": "false", "temporary": temporary}
     path = folder / "profiles.yaml"
-    path.write_text(f"default: {{grace_seconds: 45, probe: false, temporary: {temporary}}}\n")
+    path.write_text(json.dumps({"default": profile | (_image(folder / "image") if is_contained else {})}))
     return path
+
+
+def _image(folder: Path) -> dict[str, Any]:
+    """What stands in for a container: a Python that is only there in steps, and there has no Slurm."""
+    tools, python = folder / "bin", folder / "python"
+    tools.mkdir(parents=True)
+    for tool in Path("/usr/bin").iterdir():
+        if tool.name not in SLURM_COMMANDS:
+            (tools / tool.name).symlink_to(tool)
+    outside = '[ -n "$SLURM_STEP_ID" ] || exit 127'
+    python.write_text(f'#!/bin/sh\n{outside}\nPATH={tools} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return {"python": str(python)}
 
 
 def wait_until(condition: Callable[[], object], what: str, job: Job | None = None) -> None:
