@@ -104,8 +104,8 @@ def volumes(folder: Path) -> list[tuple[str, float, str, float]]:
     Artifacts and checkpoints are counted by parameter, all else by stage or report.
     """
     checkpoint = checkpoint_bytes(folder / "stopped")
-    small: list[str | Path] = ["smoke=true", "compute.executor=local", "--until", "recovered", "--store", folder / "runs"]
-    subprocess.run([*RUN, *small], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    small: list[str | Path] = ["smoke=true", "compute.executor=local", "--until", "recovered"]
+    subprocess.run([*RUN, *small, "--store", folder / "runs"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     store = Store(folder / "runs")
     manifests = [json.loads(path.read_bytes()) for path in (folder / "runs" / "manifests").iterdir()]
     stages, parameters = len(manifests), sum(manifest["metrics"]["params"] for manifest in manifests)
