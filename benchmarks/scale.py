@@ -105,7 +105,8 @@ def volumes(folder: Path) -> list[tuple[str, float, str, float]]:
     """
     checkpoint = checkpoint_bytes(folder / "stopped")
     small: list[str | Path] = ["smoke=true", "compute.executor=local", "--until", "recovered"]
-    subprocess.run([*RUN, *small, "--store", folder / "runs"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    in_store = [*small, "--store", folder / "runs"]
+    subprocess.run([*RUN, *in_store], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     store = Store(folder / "runs")
     manifests = [json.loads(path.read_bytes()) for path in (folder / "runs" / "manifests").iterdir()]
     stages, parameters = len(manifests), sum(manifest["metrics"]["params"] for manifest in manifests)
