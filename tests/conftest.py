@@ -1,29 +1,70 @@
-"""What holds for all tests: those that lack FFCV, a Slurm or a browser are skipped; the summary says why."""
+"""What holds for all tests: those that lack something of the machine are skipped, and the summary says why.
 
+`PBKD_REQUIRE=ffcv,slurm,browser,mount`, or some of these, makes failures of such skips.
+"""
+
+import os
 import shutil
+from collections.abc import Generator
 from importlib.util import find_spec
 
 import pytest
 
-HAS_FFCV = find_spec("ffcv") is not None
-REASON = "FFCV is not installed: make ffcv"
-NO_SLURM = "no Slurm could be started: "
-HAS_BROWSER = shutil.which("chromium") is not None
-NO_BROWSER = "Chromium is not installed: make browser"
+LACKS = {
+    "ffcv": "FFCV is not installed: make ffcv",
+    "slurm": "no Slurm could be started: ",
+    "browser": "Chromium is not installed: make browser",
+    "mount": "no file system can be mounted: ",
+}
+"""How the reason for a skip begins, by what is lacking."""
+
+NO_SLURM, NO_MOUNT = LACKS["slurm"], LACKS["mount"]
+MISSING = {
+    "ffcv": find_spec("ffcv") is None,
+    "browser": shutil.which("chromium") is None,
+}
+REQUIRED = set(os.environ.get("PBKD_REQUIRE", "").split(",")) - {""}
+
+
+def pytest_configure() -> None:
+    if unknown := REQUIRED - LACKS.keys():
+        raise pytest.UsageError(
+            f"PBKD_REQUIRE: expected some of {', '.join(LACKS)}; found {', '.join(sorted(unknown))}"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if not HAS_FFCV and item.get_closest_marker("ffcv"):
-            item.add_marker(pytest.mark.skip(reason=REASON))
-        if not HAS_BROWSER and item.get_closest_marker("browser"):
-            item.add_marker(pytest.mark.skip(reason=NO_BROWSER))
+    for name, is_missing in MISSING.items():
+        for item in items:
+            if is_missing and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=LACKS[name]))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and (lacking := REQUIRED.intersection(found_lacking(report))):
+        report.outcome = "failed"
+        report.longrepr = f"PBKD_REQUIRE={lacking.pop()}: {reason_of(report)}"
+    return report
+
+
+def reason_of(report: pytest.TestReport) -> str:
+    """Why a test was skipped."""
+    assert isinstance(report.longrepr, tuple)
+    return report.longrepr[2].removeprefix("Skipped: ")
+
+
+def found_lacking(report: pytest.TestReport) -> list[str]:
+    """Which of `LACKS` is why a test was skipped."""
+    if not isinstance(report.longrepr, tuple):  # an expected failure
+        return []
+    return [name for name, reason in LACKS.items() if reason_of(report).startswith(reason)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [str(report.longrepr) for report in terminalreporter.getreports("skipped")]
-    for title, reason in (("FFCV", REASON), ("SLURM", NO_SLURM), ("BROWSER", NO_BROWSER)):
-        if found := [text for text in skipped if reason in text]:
-            why = found[0][found[0].index(reason) :].rstrip("')")
-            terminalreporter.section(title, red=True)
-            terminalreporter.line(f"{len(found)} tests SKIPPED. {why}", red=True)
+    skipped = terminalreporter.getreports("skipped")
+    for name in LACKS:
+        if found := [report for report in skipped if name in found_lacking(report)]:
+            terminalreporter.section(name.upper(), red=True)
+            terminalreporter.line(f"{len(found)} tests SKIPPED. {reason_of(found[0])}", red=True)

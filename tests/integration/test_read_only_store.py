@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pipelines.cli import main
+from tests.conftest import NO_MOUNT
 from tests.integration.pbkd_process import ROOT
 
 DIGITS = str(ROOT / "pipelines" / "recipes" / "digits.yaml")
@@ -33,7 +34,7 @@ def protected(small_demo: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
         yield store
         subprocess.run(["umount", "--lazy", store], check=True)  # MLflow holds its database open
     else:
-        pytest.skip("permissions do not stop root, who may not mount anything read-only here")
+        pytest.skip(NO_MOUNT + "root, whom permissions do not stop, may not mount here")
 
 
 @pytest.fixture
