@@ -15,18 +15,23 @@ from pipelines.lease import Lease
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
+LONGER = 6
+"""So many times its patience with a step the guard has with what is between steps."""
+BUSY = 0.01
+"""Of one core: a process that uses less does nothing."""
 
 
 class Guard:
     """Looks at a stage's lease, and at its steps, from a thread of its own; a context manager.
 
     A training that makes no step for `patience` seconds has hung: the process ends itself, and the executor
-    begins again from the last checkpoint. Seconds count only while this process runs, so one that was
-    suspended is not blamed for it.
+    begins again from the last checkpoint. What is between steps (opening data, starting from a solution,
+    evaluating) may take any time, unless the processor has hardly been used for `LONGER` times as long.
+    Seconds count only while this process runs, so one that was suspended is not blamed for it.
     """
 
     def __init__(self, lease: Lease, patience: float) -> None:
-        """Prepare; nothing hangs before the first `step`."""
+        """Prepare; until the first `step` none is under way."""
         self._lease = lease
         self._patience = patience
         self._is_wanted = True
@@ -56,7 +61,7 @@ class Guard:
         self._thread.join()
 
     def _run(self) -> None:
-        seen, idle, looked = self._steps, 0.0, -math.inf
+        seen, used, idle, looked = self._steps, time.process_time(), 0.0, -math.inf
         while not self._stop.wait(LOOK_SECONDS):
             if time.monotonic() - looked >= self._lease.storage.poll_seconds:
                 looked = time.monotonic()
@@ -64,11 +69,14 @@ class Guard:
                     self._is_wanted = self._lease.is_wanted()
                 except OSError as error:
                     log.warning("the lease cannot be read, will try again: %s", error)
-            if self._steps is None or self._steps != seen:
-                seen, idle = self._steps, 0.0
+            steps, now = self._steps, time.process_time()
+            patience = self._patience * (1 if steps is not None else LONGER)
+            if steps != seen or (steps is None and now - used >= BUSY * patience):
+                seen, used, idle = steps, now, 0.0
                 continue
             idle += LOOK_SECONDS
-            if idle >= self._patience:
-                log.warning("no step for %g s: this worker has hung and is ended", self._patience)
+            if idle >= patience:
+                done = "no step" if steps is not None else "nothing computed"
+                log.warning("%s for %g s: this worker has hung and is ended", done, patience)
                 faulthandler.dump_traceback(sys.__stderr__ or 2)
                 os._exit(1)

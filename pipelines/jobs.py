@@ -86,8 +86,8 @@ def carry_out(job: Job, rank: int = 0, world: int | None = None) -> None:
         if not item.lease.is_wanted() or FAILURE in work.names():
             return  # an earlier attempt, or another rank in it, gave up
         try:
-            data = data or open_data(job.data, job.data_digest, store.root / "cache")
             with Guard(item.lease, compute.watchdog_seconds) as guard, _warnings_to(work, rank):
+                data = data or open_data(job.data, job.data_digest, store.root / "cache")
                 _carry_out(store, job, item, data, rank, world, guard)
             _barrier(world)
         except (Fenced, Stopped) as error:

@@ -42,26 +42,42 @@ def test_a_training_ends_when_its_owner_asks_or_has_lost_it(how: str, tmp_path: 
 
 
 HANGING = """
-import sys, threading
+import sys, threading, time
 from pathlib import Path
 from pbkd.storage import Folder
 from pipelines import guard
 from pipelines.lease import try_acquire
-guard.LOOK_SECONDS = 0.01
-with guard.Guard(try_acquire(Folder(Path(sys.argv[1])), "ab" * 32), 0.1) as watch:
-    watch.step()
-    if sys.argv[2] == "pauses":
+guard.LOOK_SECONDS, guard.LONGER = 0.05, 4
+what, patience = sys.argv[2], 0.3
+with guard.Guard(try_acquire(Folder(Path(sys.argv[1])), "ab" * 32), patience) as watch:
+    if what != "hangs before the first step":
+        watch.step()
+    if what in ("hangs between steps", "computes between steps"):
         watch.pause()
-        threading.Event().wait(0.5)
+    if what == "waits between steps":
+        watch.pause()
+        threading.Event().wait(2 * patience)
+        sys.exit(0)
+    if what == "computes between steps":
+        until = time.monotonic() + 2 * guard.LONGER * patience
+        while time.monotonic() < until:
+            pass
         sys.exit(0)
     threading.Event().wait()
 """
 
 
-@pytest.mark.parametrize(("what", "code"), [("hangs", 1), ("pauses", 0)])
-def test_a_worker_that_hangs_in_a_step_ends_itself_and_says_where(
-    what: str, code: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("hangs in a step", "no step for 0.3 s"),
+        ("hangs between steps", "nothing computed for 1.2 s"),
+        ("hangs before the first step", "nothing computed for 1.2 s"),
+        ("computes between steps", ""),
+        ("waits between steps", ""),
+    ],
+)
+def test_a_worker_that_hangs_ends_itself_and_says_where(what: str, said: str, tmp_path: Path) -> None:
     found = subprocess.run(
         [sys.executable, "-c", HANGING, tmp_path, what],
         cwd=ROOT,
@@ -70,8 +86,8 @@ def test_a_worker_that_hangs_in_a_step_ends_itself_and_says_where(
         timeout=60,
         check=False,
     )
-    assert found.returncode == code
-    assert ("this worker has hung" in found.stderr and "wait" in found.stderr) == (what == "hangs")
+    assert found.returncode == bool(said), found.stderr
+    assert (f"{said}: this worker has hung" in found.stderr and "wait" in found.stderr) == bool(said)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
