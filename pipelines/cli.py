@@ -163,7 +163,7 @@ def ui(
     store: StoreOption = DEFAULT_STORE,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000,
     uri: Annotated[
-        str | None, typer.Option(help="MLflow server of the runs, if it is not the store's own.")
+        str | None, typer.Option(help="MLflow server of the runs; MLFLOW_TRACKING_URI, or the store's own.")
     ] = None,
 ) -> None:
     """Start the MLflow UI on the store, on this machine only, and print the pages worth opening."""

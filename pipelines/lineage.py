@@ -6,7 +6,7 @@ from typing import Any
 
 from pbkd.errors import UserError
 from pipelines.store import Input, Manifest, Store
-from pipelines.tracking import connect, default_uri, read_ids, tracking_lock
+from pipelines.tracking import connect, database_uri, read_ids, tracking_lock
 
 ROLES = {"from": 0, "block": 1, "teacher": 2}
 
@@ -75,7 +75,7 @@ def _resolve(store: Store, reference: str, ids: dict[str, dict[str, str]], track
 def _key_of_run(store: Store, run_id: str, tracking: str) -> str | None:
     from mlflow.exceptions import MlflowException
 
-    if tracking == default_uri(store) and not (store.root / "mlflow" / "mlflow.db").is_file():
+    if tracking == database_uri(store) and not (store.root / "mlflow" / "mlflow.db").is_file():
         return None  # nothing was written to it yet, and looking makes none
     # Of a database that nobody can make at this moment no lock is needed, and none can be had.
     with nullcontext() if store.is_write_protected else tracking_lock(store):

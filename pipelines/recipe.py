@@ -103,7 +103,7 @@ class Compute(Precision):
 
 
 class Tracking(Settings):
-    """Where MLflow is: `uri` of a server; null: a database in the store."""
+    """Where MLflow is: `uri` of a server; null: `MLFLOW_TRACKING_URI`, or else a database in the store."""
 
     uri: str | None = None
 

@@ -102,7 +102,9 @@ def drop(
 
 @app.command(epilog="Example: pbkd store replay --uri http://127.0.0.1:5000")
 def replay(
-    uri: Annotated[str | None, typer.Option(help="MLflow server; without it the store's database.")] = None,
+    uri: Annotated[
+        str | None, typer.Option(help="MLflow server; MLFLOW_TRACKING_URI, or the store's database.")
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     json_: Machine = False,
 ) -> None:

@@ -34,7 +34,12 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 
 def default_uri(store: Store) -> str:
-    """Return the database in the store, which is used unless the recipe names a server."""
+    """Return where MLflow is unless recipe or command say it: `MLFLOW_TRACKING_URI`, else in the store."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or database_uri(store)
+
+
+def database_uri(store: Store) -> str:
+    """Return the address of the database in the store."""
     return f"sqlite:///{store.root / 'mlflow' / 'mlflow.db'}"
 
 
@@ -207,8 +212,9 @@ class Tracker:
                 if not self._has_failed:
                     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                     log.warning(
-                        "MLflow at %s cannot be written: %s\ntraining goes on; check tracking.uri "
-                        "and the server: what is missing is written when it answers, or by the next run",
+                        "MLflow at %s cannot be written: %s\ntraining goes on; check tracking.uri, "
+                        "MLFLOW_TRACKING_URI and the server: what is missing is written when it answers, "
+                        "or by the next run",
                         self.uri,
                         reason,
                     )

@@ -10,6 +10,8 @@ from importlib.util import find_spec
 
 import pytest
 
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # a developer's own MLflow is not to have what tests write
+
 LACKS = {
     "ffcv": "FFCV is not installed: make ffcv",
     "slurm": "no Slurm could be started: ",

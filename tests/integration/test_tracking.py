@@ -24,7 +24,7 @@ from pipelines.cli import main
 from pipelines.lease import try_acquire
 from pipelines.reporting.write import leave_report
 from pipelines.store import Store
-from pipelines.tracking import POLL_SECONDS, Tracker, connect, default_uri, read_ids, replay
+from pipelines.tracking import POLL_SECONDS, Tracker, connect, database_uri, default_uri, read_ids, replay
 from tests.integration.recorded_pipeline import (
     PIPELINE,
     STAGES,
@@ -361,6 +361,19 @@ def test_nothing_is_written_while_something_is_timed(store: Store) -> None:
         assert read_ids(store, PIPELINE) == {}
     assert tracker.close(timeout=60)
     assert read_ids(store, PIPELINE)
+
+
+def test_the_environment_names_mlflow_where_the_recipe_does_not(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record_pipeline(store)
+    named = empty_database(tmp_path / "named.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    assert main(["store", "replay", "--store", str(store.root), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["uri"] == default_uri(store) == named
+    assert len(runs_of(named)) == 1 + len(STAGES) and not runs_of(database_uri(store))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    assert default_uri(store) == database_uri(store)
 
 
 def test_an_unusable_mlflow_is_reported_once_and_stops_nothing(
