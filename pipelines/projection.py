@@ -120,6 +120,7 @@ class Projection:
             record["name"],
             str(data.get("name", "data")),
             self._known,
+            is_trial=self._trial is not None,
         )
         self._pipeline = record
 

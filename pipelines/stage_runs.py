@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NOT_METRICS = {"time", "step", "epoch"}
+TESTED = re.compile("accuracy|nll|ece|agreement|kl|test_.*|feature_error_.*")  # metrics of the test set
 DIGEST_LENGTH = 36  # what MLflow keeps of a data set's digest; the whole of it is in the run's tags
 
 
@@ -62,10 +64,12 @@ class StageRuns:
         recipe: str,
         data_name: str,
         known: dict[str, StageRun],
+        is_trial: bool = False,
     ) -> None:
         """`parent` is the pipeline's run; `data_name` is what to call the data set.
 
-        `known` are the runs of all pipelines that this process projects, which may share stages.
+        `known` are the runs of all pipelines that this process projects, which may share stages. What a stage
+        measured on the test set is not written for a trial, but by the first pipeline that is none.
         """
         self._client = client
         self._store = store
@@ -73,6 +77,7 @@ class StageRuns:
         self._recipe = recipe
         self._data_name = data_name
         self._known = known
+        self._is_trial = is_trial
         self._rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.runs: dict[str, StageRun] = {}
         self.names: dict[str, str] = {}
@@ -157,9 +162,11 @@ class StageRuns:
         params |= headline_params(manifest, self.names.get(manifest.key, manifest.kind))
         known = self.runs.get(manifest.key)
         if known is not None and known.status == "FINISHED":
+            self._add_tested(known, manifest)
             return known
         stage = self.open(manifest.key, manifest.kind, created - int(manifest.seconds * 1000), params)
         if stage.status == "FINISHED":
+            self._add_tested(stage, manifest)
             return stage
         self._rows[manifest.key] += manifest.history
         self._write_progress(manifest.key)
@@ -167,18 +174,24 @@ class StageRuns:
         if stage.model_id is None:
             stage.model_id = self._model(stage, manifest)
             self._client.log_outputs(stage.run_id, [LoggedModelOutput(stage.model_id, 0)])
-        metrics = {"accuracy": manifest.metrics.get("test_accuracy")} | manifest.metrics
-        metrics["seconds"] = manifest.seconds
+        metrics = _metrics(manifest, with_tested=not self._is_trial) | {"seconds": manifest.seconds}
         log_run(
             self._client,
             stage.run_id,
             final_metrics(metrics, manifest, stage.model_id),
             tags=inputs | _provenance(manifest, stage),
         )
-        stage.metrics |= {name: float(value) for name, value in manifest.metrics.items() if value is not None}
+        stage.metrics |= {name: float(value) for name, value in metrics.items() if value is not None}
         self._client.set_terminated(stage.run_id, "FINISHED", created)
         stage.status = "FINISHED"
         return stage
+
+    def _add_tested(self, stage: StageRun, manifest: Manifest) -> None:
+        """Write what a trial's projection has left out."""
+        if not self._is_trial and "accuracy" not in stage.metrics:
+            tested = {name: value for name, value in _metrics(manifest).items() if TESTED.fullmatch(name)}
+            log_run(self._client, stage.run_id, final_metrics(tested, manifest, stage.model_id))
+            stage.metrics |= {name: float(value) for name, value in tested.items() if value is not None}
 
     def _find(self, key: str) -> "Run | None":
         experiments = self._client.search_experiments(filter_string="tags.`pbkd.experiment` = 'true'")
@@ -270,6 +283,12 @@ class StageRuns:
                     metrics.append(Metric(name, float(value), moment, step))
         if stage is not None and metrics:
             log_run(self._client, stage.run_id, metrics)
+
+
+def _metrics(manifest: Manifest, with_tested: bool = True) -> dict[str, float | int | None]:
+    """Metrics of a stage, accuracy first."""
+    metrics = {"accuracy": manifest.metrics.get("test_accuracy")} | manifest.metrics
+    return {name: value for name, value in metrics.items() if with_tested or not TESTED.fullmatch(name)}
 
 
 def _provenance(manifest: Manifest, stage: StageRun) -> dict[str, str]:

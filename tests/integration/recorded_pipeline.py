@@ -79,9 +79,11 @@ def journal_of(store: Store, pipeline_id: str = PIPELINE) -> Journal:
     return store.journal(pipeline_id)
 
 
-def record_pipeline(store: Store, pipeline_id: str = PIPELINE, seed: int = 0, state: str = "ran") -> None:
+def record_pipeline(
+    store: Store, pipeline_id: str = PIPELINE, seed: int = 0, state: str = "ran", **changes: Any
+) -> None:
     journal = journal_of(store, pipeline_id)
-    journal.append(pipeline_record(pipeline_id))
+    journal.append(pipeline_record(pipeline_id, **changes))
     for name, kind, *_ in STAGES:
         manifest = manifest_of(name, seed)
         record: dict[str, Any] = {"name": name, "key": manifest.key}

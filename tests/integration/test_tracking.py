@@ -459,3 +459,26 @@ def test_a_server_killed_in_mid_run_costs_nothing_and_gets_everything_when_it_is
         assert versions_of(uri) == versions_of(default_uri(store))
     finally:
         stop_server(server)
+
+
+TRIAL = {"search": "s", "number": 0, "params": {"stages.block1.width": 0.5}}
+
+
+def test_what_a_trials_stages_measured_on_the_test_set_comes_with_a_pipeline_that_has_them_too(
+    store: Store, tmp_path: Path
+) -> None:
+    record_pipeline(store, "s.0000", trial=TRIAL)
+    record_pipeline(store, PIPELINE, state="reused")
+    Tracker(default_uri(store), store, "s.0000").project()
+    seen = runs_of(default_uri(store))
+    for name in ("trial 0", *keys()):
+        assert not [metric for metric in seen[name]["metrics"] if metric == "accuracy" or "test" in metric]
+    assert seen["small"]["metrics"]["val_accuracy"] and seen["small"]["metrics"]["macs"]
+    Tracker(default_uri(store), store, PIPELINE).project()
+    other = empty_database(tmp_path / "other.db")
+    for pipeline_id in (PIPELINE, "s.0000"):
+        Tracker(other, store, pipeline_id).project()
+    now, turned = runs_of(default_uri(store)), runs_of(other)
+    for name in keys():
+        assert now[name]["metrics"] == turned[name]["metrics"]
+    assert now["small"]["metrics"]["accuracy"] == now["small"]["metrics"]["test_accuracy"]
