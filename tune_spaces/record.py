@@ -27,7 +27,7 @@ class Trial:
         values: val_accuracy (percent), macs, params, latency_ms (if it was measured).
         stages: keys of its stages, by name.
         ran: the stages that this trial ran itself; the others were there, or run by another.
-        seconds, own_seconds: it took; of them in its own stages.
+        seconds, own_seconds: its last attempt took; of them in its own stages.
         digest: of its student's weights.
         message: why it was refused or failed.
         reports: (progress, val_accuracy) while it ran.
@@ -55,6 +55,17 @@ class Trial:
 def pipeline_of(search: str, number: int) -> str:
     """The id, in store and MLflow, of a trial's pipeline."""
     return f"{search}.{number:04d}"
+
+
+def reached(store: Store, search: str, number: int) -> tuple[dict[str, str], list[str]]:
+    """The stages that a trial has finished, as keys by name, and which of them it ran itself.
+
+    The latter in any of its attempts: to the next one, what was run is there already.
+    """
+    records, _ = store.journal(pipeline_of(search, number)).read()
+    ended = [record for record in records if record.get("type") == "finished"]
+    ran = dict.fromkeys(record["name"] for record in ended if record["state"] == "ran")
+    return {record["name"]: record["key"] for record in ended}, list(ran)
 
 
 class SearchRecord:

@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 
 from pipelines.recipe import as_written
 from pipelines.store import RECIPE, Store
-from tune_spaces.record import SearchRecord, Trial, pipeline_of
+from tune_spaces.record import SearchRecord, Trial, pipeline_of, reached
 from tune_spaces.sampling import Trials
 from tune_spaces.subject import Plan
 from tune_spaces.trial import STAGE
@@ -83,12 +83,8 @@ class RecordingSearcher(Searcher):
 
     def _reached(self, number: int) -> dict[str, Any]:
         """The stages that a trial without a last word had finished."""
-        records, _ = self._store.journal(pipeline_of(self._record.name, number)).read()
-        ended = {record["name"]: record for record in records if record.get("type") == "finished"}
-        return {
-            "stages": {name: record["key"] for name, record in ended.items()},
-            "ran": [name for name, record in ended.items() if record["state"] == "ran"],
-        }
+        stages, ran = reached(self._store, self._record.name, number)
+        return {"stages": stages, "ran": ran}
 
     def end_pipeline(self, trial: Trial) -> None:
         """Close the journal of a trial's pipeline, from which MLflow has it."""

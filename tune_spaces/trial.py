@@ -19,7 +19,7 @@ from pipelines.recipe import load_recipe
 from pipelines.store import Manifest, Store
 from tune_spaces.objective import Objective
 from tune_spaces.quiet import Quiet
-from tune_spaces.record import pipeline_of
+from tune_spaces.record import pipeline_of, reached
 
 STOP = "stop"
 """A file in the search's folder: its trials are to keep their state and end."""
@@ -72,8 +72,7 @@ def run_trial(config: dict[str, Any]) -> None:
         result = {"outcome": "over", "values": {"macs": watcher.macs}}
     except (UserError, StageError) as error:
         result = {"outcome": "failed", "message": str(error)}
-    ran = [name for name, outcome in watcher.outcomes.items() if outcome == "ran"]
-    own = sum(watcher.manifests[name].seconds for name in ran)
+    own = [watcher.manifests[name].seconds for name, how in watcher.outcomes.items() if how == "ran"]
     tune.report(
         {
             "progress": watcher.progress_made,
@@ -81,9 +80,9 @@ def run_trial(config: dict[str, Any]) -> None:
                 result
                 | {
                     "stages": {name: node.key for name, node in graph.nodes.items()},
-                    "ran": ran,
+                    "ran": reached(store, search, number)[1],
                     "seconds": time.monotonic() - begun,
-                    "own_seconds": own,
+                    "own_seconds": sum(own),
                 }
             ),
         }
