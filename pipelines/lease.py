@@ -178,11 +178,17 @@ def try_acquire(storage: Storage, key: str, owner: Owner | None = None, dead: in
 
 
 @contextmanager
-def held(storage: Storage, name: str) -> Iterator[None]:
-    """Hold a lease called `name` while the block runs; whoever else wants it waits. Old generations go."""
+def held(storage: Storage, name: str, refusal: str | None = None) -> Iterator[None]:
+    """Hold a lease called `name` while the block runs; whoever else wants it waits. Old generations go.
+
+    Raises:
+        UserError: there is a `refusal`, its text, and the owner is seen to live.
+    """
     key = sha256(name.encode()).hexdigest()
     watcher = LeaseWatcher(storage, key)
     while (lease := try_acquire(storage, key, dead=watcher.dead())) is None:
+        if refusal is not None and watcher.sees_life:
+            raise UserError(refusal)
         time.sleep(storage.poll_seconds)
     try:
         for older in lease.storage.names():
@@ -220,6 +226,9 @@ class LeaseWatcher:
     The counter has to stay the same for `ttl` seconds of this process's own monotonic clock, so neither clock
     jumps nor clocks that differ between nodes matter; an owner on the same machine is dead once its process
     is gone.
+
+    Attributes:
+        sees_life: whether, between two looks, there was a sign of the owner, or of another one.
     """
 
     def __init__(
@@ -235,6 +244,7 @@ class LeaseWatcher:
         self._clock = clock
         self._seen: tuple[int, int] | None = None
         self._since = 0.0
+        self.sees_life = False
 
     def dead(self) -> int:
         """Look once; return the generation `try_acquire` may take over, or 0 while its owner may live."""
@@ -243,6 +253,7 @@ class LeaseWatcher:
             return newest.number
         now = self._clock()
         if self._seen != (newest.number, newest.counter):
+            self.sees_life = self._seen is not None
             self._seen, self._since = (newest.number, newest.counter), now
         return newest.number if now - self._since >= self._ttl else 0
 

@@ -6,7 +6,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from filelock import FileLock, Timeout
 
 from pbkd.errors import StageError, UserError
+from pbkd.storage import Folder
 from pipelines.latency import Latencies
-from pipelines.lease import leases_of, read_newest
+from pipelines.lease import held, leases_of, read_newest
 from pipelines.quantities import human
 from pipelines.recipe import Compute, as_written
 from pipelines.reporting.write import leave_search_report
@@ -128,14 +130,8 @@ class Search:
                 cluster holds, or no trial keeps the limits.
             StageError: every trial failed.
         """
-        lock = FileLock(self.record.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"search {self.record.name} is run by another process; wait for it, or take another --name"
-            ) from None
-        with lock:
+        with self.driving():
+            self.record = SearchRecord(self._store, self.record.name)  # what others wrote before this moment
             self.record.begin(description_of(self.subject, self.space, self.objective, self.options))
             for trial in self.record.trials.values():
                 if trial.is_counted:
@@ -153,6 +149,22 @@ class Search:
             try:
                 self._tracker.project()
             except Exception as error:  # noqa: BLE001 - of MLflow, requests or sqlalchemy; the work is done
+    @contextmanager
+    def driving(self) -> Iterator[None]:
+        """Be its only driver. Raises UserError if there is one already, here or on another machine."""
+        taken = f"search {self.record.name} is run by another process; wait for it, or take another --name"
+        lock = FileLock(self.record.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(taken) from None
+        with lock:
+            if isinstance(self._store.storage, Folder):
+                yield  # whoever sees the folder sees the lock
+                return
+            with held(self._store.search_records(self.record.name), "driver", taken):
+                yield
+
                 log.warning("MLflow does not have the report yet, `pbkd ui` brings it: %s", error)
         return page
 

@@ -11,12 +11,17 @@ from typing import Any
 import pytest
 
 from pipelines.cli import main
+from pipelines.recipe import load_recipe
 from pipelines.store import Store
 from pipelines.tracking import connect
 from pipelines.ui import pages
-from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until
+from tests.integration.pbkd_process import ROOT, SMALL, digests, pbkd, run, states, until
 from tests.integration.recorded_pipeline import empty_database
 from tests.integration.s3_server import BUCKET, client, s3_server
+from tune_spaces.objective import Objective
+from tune_spaces.search import Options, Search, Watch
+from tune_spaces.space import open_space
+from tune_spaces.subject import Subject
 
 STORE = f"s3://{BUCKET}/runs"
 SETTINGS = ["compute.executor=local", "compute.checkpoint_steps=5", "stages.teacher.steps=40"]
@@ -62,12 +67,12 @@ def mlflow(tmp_path_factory: pytest.TempPathFactory) -> str:
 def reports(one: Machine, other: Machine, mlflow: str) -> list[dict[str, Any]]:
     """What two runs said that were begun at once on two machines, of pipelines that share their stages."""
     arguments = ["run", SMALL, *SETTINGS, f"tracking.uri={mlflow}", "--store", STORE, "--json"]
+    outdone = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}  # what was typed comes first
     with (
         pbkd(*arguments, **one.environment, **outdone) as first,
         pbkd(*arguments, "name=other", "baselines=[]", **other.environment) as second,
     ):
         return [first.succeed(), second.succeed()]
-    outdone = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}  # what was typed comes first
 
 
 def test_two_runs_at_once_on_two_machines_run_each_stage_once(reports: list[dict[str, Any]]) -> None:
@@ -143,6 +148,25 @@ def test_on_ray_it_is_the_same(reports: list[dict[str, Any]], one: Machine, tmp_
     report = run(*arguments, "--store", url, **one.environment)
     assert digests(report)["teacher"] == digests(reports[0])["teacher"]
     assert report["stages"][0]["artifact"].startswith(f"{url}/artifacts/")
+
+
+def test_a_search_has_one_driver_wherever_the_other_one_is_typed(
+    one: Machine, other: Machine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url, recipe = f"s3://{BUCKET}/searches", ROOT / "pipelines" / "recipes" / "digits.yaml"
+    arguments = ["tune", "joint", str(recipe), "smoke=true", "--store", url]
+    store = one.open(url, monkeypatch)
+    subject = Subject.of(recipe, load_recipe(recipe, ["smoke=true"]), store, store.root / "cache")
+    options = Options("digits-joint", 16, "tpe", 0, None, False)
+    goals = Objective(goals=("accuracy",))
+    search = Search(subject, open_space("joint", subject), goals, options, store, Watch())
+    with search.driving():
+        other.open(url, monkeypatch)
+        assert main(arguments) == 2
+    assert "search digits-joint is run by another process" in capfd.readouterr().err
+    assert not search.record.description
+    with search.driving():  # free again
+        pass
 
 
 def test_the_ui_shows_what_other_machines_ran(

@@ -167,3 +167,15 @@ def test_the_heartbeat_thread_renews(tmp_path: Path) -> None:
         while json.loads(lease.storage.read("000001.json"))["counter"] < 3:
             pass
     assert lease.is_current()
+
+
+def test_an_owner_elsewhere_lives_if_it_renews_and_is_taken_over_if_it_does_not(tmp_path: Path) -> None:
+    lease, clock = acquired(tmp_path, ELSEWHERE), Clock()
+    watcher = LeaseWatcher(Folder(tmp_path), KEY, ttl=15, clock=clock)
+    assert (watcher.dead(), watcher.sees_life) == (0, False)
+    lease.renew()
+    assert (watcher.dead(), watcher.sees_life) == (0, True)
+    late = LeaseWatcher(Folder(tmp_path), KEY, ttl=15, clock=clock)
+    assert late.dead() == 0
+    clock.now += 15
+    assert (late.dead(), late.sees_life) == (lease.generation, False)
