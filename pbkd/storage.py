@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 
+def user_cache() -> Path:
+    """This user's folder for caches; machines may share it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "pbkd"
+
+
 class Stat(NamedTuple):
     """Bytes, and the time of the last change in seconds since 1970 by the clock of what keeps them."""
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pbkd.errors import UserError
-from pbkd.storage import Stat, Unreachable
+from pbkd.storage import Stat, Unreachable, user_cache
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutResult, UpdateVersion
@@ -278,9 +278,8 @@ def _client(url: str, *, patient: bool) -> ObjectStore:
 
 
 def _cache(url: str) -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     readable = re.sub(r"[^A-Za-z0-9]+", "-", url)
-    return caches / "pbkd" / f"{readable}-{sha256(url.encode()).hexdigest()[:8]}"
+    return user_cache() / f"{readable}-{sha256(url.encode()).hexdigest()[:8]}"
 
 
 def _reason(error: Exception) -> str:

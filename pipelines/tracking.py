@@ -4,8 +4,8 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,10 +116,18 @@ class Tracker:
     """
 
     def __init__(
-        self, uri: str, store: Store, pipeline_id: str | None = None, search: str | None = None
+        self,
+        uri: str,
+        store: Store,
+        pipeline_id: str | None = None,
+        search: str | None = None,
+        while_writing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """Prepare; nothing is imported, connected to or made before `start` or `project`."""
-        self.uri = uri
+        """Prepare; nothing is imported, connected to or made before `start` or `project`.
+
+        `while_writing` is entered for as long as something is written.
+        """
+        self.uri, self._while_writing = uri, while_writing
         self._store = store
         self._followed: list[_Followed] = []
         self._known: dict[str, StageRun] = {}
@@ -143,7 +151,7 @@ class Tracker:
         Returns the ids of the first.
         """
         if news := [followed for followed in self._followed if followed.has_news()]:
-            with tracking_lock(self._store):
+            with tracking_lock(self._store), self._while_writing():
                 for followed in news:
                     try:
                         self._project(followed)

@@ -24,6 +24,7 @@ from pipelines.reporting.write import leave_search_report
 from pipelines.store import Store
 from pipelines.tracking import Tracker, default_uri
 from tune_spaces.objective import Objective
+from tune_spaces.quiet import Quiet
 from tune_spaces.record import SearchRecord, Trial, pipeline_of
 from tune_spaces.sampling import SamplerName, Trials, open_trials
 from tune_spaces.space import Space
@@ -117,7 +118,13 @@ class Search:
         self.subject, self.space, self.objective, self.options = subject, space, objective, options
         self._store, self._watch = store, watch
         self.record = SearchRecord(store, options.name)
-        self._tracker = Tracker(subject.recipe.tracking.uri or default_uri(store), store, search=options.name)
+        self._quiet = Quiet()
+        self._tracker = Tracker(
+            subject.recipe.tracking.uri or default_uri(store),
+            store,
+            search=options.name,
+            while_writing=self._quiet.briefly,
+        )
         self._is_in_mlflow = True  # as far as is known
         self._plans: dict[int, Plan] = {}
         """Of the trials that run."""
@@ -305,8 +312,7 @@ class Search:
         winners = self.objective.winners(self.record.trials.values())
         keys = [trial.stages[self.subject.graph.student] for trial in winners]
         keys.append(winners[0].stages[self.subject.graph.teacher])
-        with self._tracker.resting():
-            latencies.measure(manifest for manifest in map(self._store.manifest, keys) if manifest)
+        self._quiet.measure(latencies, [found for found in map(self._store.manifest, keys) if found])
 
 
 def _hands(compute: Compute, wanted: int | None) -> tuple[dict[str, float], int]:

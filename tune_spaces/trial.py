@@ -44,7 +44,7 @@ def run_trial(config: dict[str, Any]) -> None:
     recipe = load_recipe(store.recipe(identity))
     recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"fuse": True})})
     graph = build_graph(recipe, store, store.root / "cache")
-    objective, quiet = Objective.model_validate(config["objective"]), Quiet(store.search(search))
+    objective, quiet = Objective.model_validate(config["objective"]), Quiet()
     signs = store.search_records(search)
     watcher = _Watcher(graph, set(config["touched"]), objective, store)
     executor = _QuietExecutor(recipe_executor(graph), quiet)
@@ -62,9 +62,7 @@ def run_trial(config: dict[str, Any]) -> None:
         result = {"outcome": "finished", "values": _values(student), "digest": student.digest}
         if objective.wants_latency:
             latencies = Latencies(store, recipe.compute)
-            if not latencies.are_measured([student]):
-                with quiet.alone():
-                    latencies.measure([student])
+            quiet.measure(latencies, [student])
             result["values"]["latency_ms"] = latencies.of(student)["latency_ms"]
         if objective.excess(result["values"]):
             result["outcome"] = "over"
