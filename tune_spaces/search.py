@@ -59,7 +59,7 @@ class Options:
         sampler: who draws them.
         seed: of the drawing.
         max_concurrent: trials at the same time; None: as many as the cluster holds.
-        early_stop: let ASHA stop trials that do worse than others did at the same stage.
+        early_stop: let ASHA stop trials that do worse than others did when they had come as far.
     """
 
     name: str
@@ -149,13 +149,6 @@ class Search:
             finally:
                 self._is_in_mlflow = self._tracker.close(MLFLOW_SECONDS)
 
-    def record_report(self) -> Path:
-        """Leave the search's page in the store, and with its table and figures in MLflow; return the page."""
-        page = leave_search_report(self._store, self.record.name).page
-        if self._is_in_mlflow:
-            try:
-                self._tracker.project()
-            except Exception as error:  # noqa: BLE001 - of MLflow, requests or sqlalchemy; the work is done
     @contextmanager
     def driving(self) -> Iterator[None]:
         """Be its only driver. Raises UserError if there is one already, here or on another machine."""
@@ -172,6 +165,13 @@ class Search:
             with held(self._store.search_records(self.record.name), "driver", taken):
                 yield
 
+    def record_report(self) -> Path:
+        """Leave the search's page in the store, and with its table and figures in MLflow; return the page."""
+        page = leave_search_report(self._store, self.record.name).page
+        if self._is_in_mlflow:
+            try:
+                self._tracker.project()
+            except Exception as error:  # noqa: BLE001 - of MLflow, requests or sqlalchemy; the work is done
                 log.warning("MLflow does not have the report yet, `pbkd ui` brings it: %s", error)
         return page
 
@@ -221,7 +221,7 @@ class Search:
         config = {
             "store": self._store.location,
             "search": self.record.name,
-            "touched": sorted(self.space.touches(self.subject)),
+            "touched": self.space.touches(self.subject),
             "objective": self.objective.model_dump(mode="json"),
         }
         return RecordingSearcher(self.record, trials, self._store, config, self._begun, self._ended)
@@ -241,7 +241,7 @@ class Search:
             tune.with_resources(self.trainable(), resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=scheduler_of(self.record, len(touched), self.options.early_stop),
+                scheduler=scheduler_of(self.record, sum(touched.values()), self.options.early_stop),
                 num_samples=-1,  # the searcher says when it is enough
                 max_concurrent_trials=hands,
                 reuse_actors=True,

@@ -16,11 +16,10 @@ from pipelines.store import RECIPE, Store
 from tune_spaces.record import SearchRecord, Trial, pipeline_of, reached
 from tune_spaces.sampling import Trials
 from tune_spaces.subject import Plan
-from tune_spaces.trial import STAGE
 
 METRIC, TIME = "val_accuracy", "progress"
 HALVING = 2
-"""ASHA keeps one of so many trials at each rung; the rungs are 1, 2, 4, ... searched stages."""
+"""ASHA keeps one of so many trials at each rung; the rungs are 1, 2, 4, ... epochs of progress."""
 
 
 class RecordingSearcher(Searcher):
@@ -108,20 +107,17 @@ class RecordingSearcher(Searcher):
         """Nothing: a search is not restored by Ray."""
 
 
-def scheduler_of(record: SearchRecord, stages: int, early_stop: bool) -> TrialScheduler:
-    """ASHA over the `stages` that trials differ in, knowing what earlier drivers saw; or none.
-
-    A trial's progress is counted in stages, which a trial of any length has equally many of.
-    """
+def scheduler_of(record: SearchRecord, epochs: int, early_stop: bool) -> TrialScheduler:
+    """ASHA over a progress of so many `epochs`, knowing what earlier drivers saw; or none."""
     if not early_stop:
         return FIFOScheduler()
     asha = ASHAScheduler(
         time_attr=TIME,
         metric=METRIC,
         mode="max",
-        grace_period=STAGE,
-        max_t=STAGE * stages + 1,
+        max_t=epochs,
         reduction_factor=HALVING,
+        stop_last_trials=False,  # else a report between two rungs is held against what lower ones have seen
     )
     for trial in record.trials.values():
         if trial.outcome in ("finished", "stopped", "over") and trial.reports:

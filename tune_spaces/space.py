@@ -106,15 +106,19 @@ class Space:
         """It as a file would have it."""
         return {parameter.key: parameter.described() for parameter in self.parameters}
 
-    def touches(self, subject: Subject) -> set[str]:
-        """The stages of the graph that differ between trials: with a searched key, or behind one that has."""
+    def touches(self, subject: Subject) -> dict[str, int]:
+        """The stages of the graph that differ between trials: with a searched key, or behind one that has.
+
+        With the epochs that the recipe gives each, at least one: by them, whatever a trial makes of them, its
+        progress is counted.
+        """
         groups = {key.split(".")[1] for key in self.described() if key.startswith("stages.")}
         is_all = any(not key.startswith("stages.") for key in self.described())
-        touched: set[str] = set()
+        touched: dict[str, int] = {}
         for name, node in subject.graph.nodes.items():
             is_own = is_all or name in groups or name.rpartition(".")[0] in groups
             if is_own or any(given in touched for _, given in node.inputs):
-                touched.add(name)
+                touched[name] = getattr(node.stage, "epochs", None) or 1
         return touched
 
     def check(self, subject: Subject) -> None:

@@ -23,8 +23,6 @@ from tune_spaces.record import pipeline_of, reached
 
 STOP = "stop"
 """A file in the search's folder: its trials are to keep their state and end."""
-STAGE = 100
-"""Progress of a whole stage; what ASHA compares trials at."""
 
 
 class OverLimit(KeyboardInterrupt):
@@ -46,7 +44,7 @@ def run_trial(config: dict[str, Any]) -> None:
     graph = build_graph(recipe, store, store.root / "cache")
     objective, quiet = Objective.model_validate(config["objective"]), Quiet()
     signs = store.search_records(search)
-    watcher = _Watcher(graph, set(config["touched"]), objective, store)
+    watcher = Watcher(graph, config["touched"], objective, store)
     executor = _QuietExecutor(recipe_executor(graph), quiet)
     result: dict[str, Any] = {}
     try:
@@ -115,11 +113,16 @@ class _QuietExecutor:
 
 
 @dataclass
-class _Watcher:
-    """Tells Ray Tune how a trial does, and ends it when the student is known to break a limit."""
+class Watcher:
+    """Tells Ray Tune how a trial does, and ends it when the student is known to break a limit.
+
+    Attributes:
+        touched: stages that differ between trials, each with the progress that it is worth.
+        untold: what is still to be reported.
+    """
 
     graph: Graph
-    touched: set[str]
+    touched: Mapping[str, float]
     objective: Objective
     store: Store
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -127,7 +130,7 @@ class _Watcher:
     progress_made: float = 0.0
     macs: int | None = None
     is_begun: bool = False
-    _untold: list[dict[str, float]] = field(default_factory=list)
+    untold: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         cost = self.graph.nodes[self.graph.student].cost
@@ -147,14 +150,16 @@ class _Watcher:
         stage = node.stage
         if node.name in self.touched and isinstance(stage, TrainingStage) and "val_accuracy" in row:
             share = row["step"] / stage.steps if stage.steps else row["epoch"] / (stage.epochs or 1)
-            self._report(STAGE * (self._done() + min(share, 0.99)), row["val_accuracy"])
+            if share < 1:  # else it comes with the stage
+                self._report(self._done() + share * self.touched[node.name], row["val_accuracy"])
 
     def finished(self, node: Node, outcome: Outcome, manifest: Manifest) -> None:
-        """Report the validation accuracy after a stage."""
+        """Report the validation accuracy after a stage; of one that another ran, after its epochs too."""
+        for row in manifest.history:
+            self.progress(node, row)
         self.outcomes[node.name], self.manifests[node.name] = outcome, manifest
-        if node.name in self.touched:
-            accuracy = manifest.metrics.get("val_accuracy")
-            self._report(float(STAGE * self._done()), accuracy)
+        if node.name in self.touched and node.name != self.graph.student:  # then there is nothing to stop
+            self._report(self._done(), manifest.metrics.get("val_accuracy"))
         self._check_limit()
 
     def _check_limit(self) -> None:
@@ -165,18 +170,18 @@ class _Watcher:
             if self.objective.excess({"macs": self.macs}) and graph.student not in self.manifests:
                 raise OverLimit
 
-    def _done(self) -> int:
-        return len(self.touched & self.outcomes.keys())
+    def _done(self) -> float:
+        return float(sum(worth for name, worth in self.touched.items() if name in self.outcomes))
 
     def _report(self, progress: float, accuracy: float | None) -> None:
         # A stage that was here already has its place in the order too: ASHA wants progress to grow.
         if accuracy is not None and progress > self.progress_made:
             self.progress_made = progress
-            self._untold.append({"progress": progress, "val_accuracy": accuracy})
+            self.untold.append({"progress": progress, "val_accuracy": accuracy})
         self._tell()
 
     def _tell(self) -> None:
         from ray import tune
 
-        while self.is_begun and self._untold:
-            tune.report(self._untold.pop(0))
+        while self.is_begun and self.untold:
+            tune.report(self.untold.pop(0))

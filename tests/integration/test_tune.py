@@ -4,13 +4,22 @@ import csv
 import json
 import os
 import signal
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.tracking import connect
+from pipelines.recipe import load_recipe
+from pipelines.store import Store
+from pipelines.tracking import connect, default_uri
 from tests.integration.pbkd_process import ROOT, Pbkd, pbkd, run, states, until, with_database
+from tune_spaces.objective import Objective
+from tune_spaces.quiet import Quiet
+from tune_spaces.search import Options, Search, Watch, description_of
+from tune_spaces.space import open_space
+from tune_spaces.subject import Subject
 
 DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
 SMOKE = (DIGITS, "smoke=true")
@@ -133,13 +142,43 @@ def test_every_named_search_runs_and_shares_with_those_before(
     assert all(winner["latency_ms"] > 0 for winner in report["winners"])
 
 
-def test_trials_that_fall_behind_are_stopped_and_marked_so(joint: tuple[dict[str, Any], Path]) -> None:
+def waits_for(path: Path) -> bool:
+    """Whether somebody waits for the lock on a file."""
+    lines = Path("/proc/locks").read_text().splitlines()
+    return path.exists() and any("->" in line and f":{path.stat().st_ino} " in line for line in lines)
+
+
+def room_of(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lock of the room that searches share, which is one of its own for the rest of a test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "pbkd" / f".{name}-{socket.gethostname()}"
+
+
+EPOCHS = 4
+SHORT = ("student=distilled", "stages.teacher.epochs=2", f"stages.distilled.epochs={EPOCHS}")
+SHORT = (*SHORT, "stages.blocks.epochs=0", "stages.stabilized.epochs=0")
+
+
+def test_trials_wait_while_another_search_measures_and_are_stopped_in_mid_stage_if_they_fall_behind(
+    joint: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turnstile = room_of(tmp_path, "turnstile", monkeypatch)
     _, store = joint
-    early = ("joint", *SMOKE, "--sampler", "fixed", "--trials", 8, "--max-concurrent", 1)
+    space = tmp_path / "rates.yaml"
+    space.write_text("stages.distilled.optimizer.lr: [0.1, 0.03, 0.01, 1.0e-5, 1.0e-6, 1.0e-7]")
+    early = (space, DIGITS, *SHORT, "--sampler", "fixed", "--trials", 6, "--max-concurrent", 1)
     early = (*early, "--objective", "accuracy", "--early-stop", "--name", "early")
-    report = tuned(store, *early)
+    with pbkd("tune", *early, "--store", store, "--json") as command:
+        with Quiet().alone():
+            until(lambda: waits_for(turnstile), "a trial that wants to train")
+        report = command.succeed()
     stopped = [trial["number"] for trial in report["trials"] if trial["outcome"] == "stopped"]
-    assert stopped and len(finished(report)) + len(stopped) == 8
+    assert stopped and len(finished(report)) + len(stopped) == 6
+    reports = records(store, "early", "report")
+    for number in range(6):
+        progress = [record["progress"] for record in reports if record["number"] == number]
+        assert progress == [float(epoch) for epoch in range(1, len(progress) + 1)]
+        assert (len(progress) < EPOCHS - 1) == (number in stopped)
     client = connect(f"sqlite:///{store / 'mlflow' / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("digits")
     assert experiment is not None
@@ -149,6 +188,37 @@ def test_trials_that_fall_behind_are_stopped_and_marked_so(joint: tuple[dict[str
     assert {run.info.status for run in runs if run.info.run_name in marked} == {"KILLED"}
     assert not [run for run in runs if run.info.status == "RUNNING"]
     assert tuned(store, *early)["trials"] == report["trials"]
+
+
+def test_a_report_says_what_the_search_said_and_runs_nothing(joint: tuple[dict[str, Any], Path]) -> None:
+    report, store = joint
+    before = (store / "searches" / "digits-joint" / "trials.csv").read_text()
+    assert tuned(store, *LISTED, "--report") == report
+    assert (store / "searches" / "digits-joint" / "trials.csv").read_text() == before
+    said = refused(store, *LISTED, "--name", "unheard", "--report")
+    assert "search unheard: not in" in said and "leave out --report to run it" in said
+    assert not (store / "searches" / "unheard" / "journal.jsonl").exists()
+
+
+def test_while_something_is_measured_no_driver_of_a_search_writes_to_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = room_of(tmp_path / "cache", "room", monkeypatch)
+    store = Store(with_database(tmp_path / "store"))
+    subject = Subject.of(DIGITS, load_recipe(DIGITS, ["smoke=true"]), store, store.root / "cache")
+    space, goals = open_space("joint", subject), Objective(goals=("accuracy",))
+    options = Options("digits-joint", 1, "fixed", 0, None, False)
+    search = Search(subject, space, goals, options, store, Watch())
+    search.record.begin(description_of(subject, space, goals, options))
+    client = connect(default_uri(store))
+    writing = threading.Thread(target=search.record_report)
+    with Quiet().alone():
+        writing.start()
+        while not waits_for(room):
+            assert writing.is_alive(), "it has written"
+        assert client.get_experiment_by_name("digits") is None
+    writing.join()
+    assert client.get_experiment_by_name("digits") is not None
 
 
 # Bad input
@@ -170,10 +240,12 @@ def test_a_limit_that_no_trial_keeps_is_told_with_the_nearest_and_can_be_mended(
     joint: tuple[dict[str, Any], Path],
 ) -> None:
     store = joint[1]
-    limited = ("pruning_ratios", *SMOKE, "--name", "limited", "--trials", 1)
+    limited = ("pruning_ratios", *SMOKE, "compute.workers=2", "--name", "limited", "--trials", 1)
     said = refused(store, *limited, "--max-macs", 0.01)
     assert "the nearest of" in said and "times the limit" in said and "stages.pruned.macs=" in said
-    assert len(finished(tuned(store, *limited, "--max-macs", 0.9))) == 1
+    (trial,) = finished(tuned(store, *limited, "--max-macs", 0.9))
+    (student,) = (row for row in Store(store).manifests() if row.digest == trial["digest"])
+    assert student.compute["world_size"] == 2
 
 
 # Whoever is killed
@@ -234,6 +306,9 @@ def test_a_search_whose_driver_and_trial_were_killed_loses_and_repeats_nothing(
     assert {number: table[number] for number in drawn} == drawn
     assert records(tmp_path, "digits-joint", "result")[: len(results)] == results
     assert before == {name: (tmp_path / "manifests" / name).stat().st_mtime_ns for name in before}
+    for trial in report["trials"]:
+        journal = tmp_path / "pipelines" / f"digits-joint.{trial['number']:04d}" / "journal.jsonl"
+        assert trial["stages_run"] == len(ran(journal))
     begun = [key for path in tmp_path.glob("pipelines/*/journal.jsonl") for key in started(path)]
     assert {key for key in begun if begun.count(key) > 1}.isdisjoint(
         name.removesuffix(".json") for name in before
@@ -242,6 +317,14 @@ def test_a_search_whose_driver_and_trial_were_killed_loses_and_repeats_nothing(
         assert final_table(report) == final_table(joint[0])
 
 
+def lines(journal: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in journal.read_text().splitlines()]
+
+
 def started(journal: Path) -> list[str]:
-    found = [json.loads(line) for line in journal.read_text().splitlines()]
-    return [record["key"] for record in found if record["type"] == "started"]
+    return [record["key"] for record in lines(journal) if record["type"] == "started"]
+
+
+def ran(journal: Path) -> set[str]:
+    """Keys of the stages that one attempt or another has run."""
+    return {record["key"] for record in lines(journal) if record.get("state") == "ran"}

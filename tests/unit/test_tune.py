@@ -3,6 +3,7 @@
 import fcntl
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from pipelines.recipe import load_recipe
 from pipelines.store import Store
 from tune_spaces.objective import Objective, objective_of
 from tune_spaces.quiet import Quiet
-from tune_spaces.record import SearchRecord, Trial
+from tune_spaces.record import SearchRecord, Trial, reached
 from tune_spaces.results import importances
 from tune_spaces.sampling import Drawn, Listed, dealt, open_trials
+from tune_spaces.searcher import METRIC, TIME, scheduler_of
 from tune_spaces.space import Parameter, Space, open_space
 from tune_spaces.subject import Subject
+from tune_spaces.trial import Watcher
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
@@ -85,7 +88,7 @@ def test_a_trial_is_what_its_overrides_make_of_the_recipe(digits: Subject) -> No
 
 def test_only_stages_behind_a_searched_key_differ(digits: Subject) -> None:
     touched = open_space("pruning_ratios", digits).touches(digits)
-    assert touched == {"pruned", "restabilized", "recovered"}
+    assert touched == {"pruned": 1, "restabilized": 2, "recovered": 14}
 
 
 MISTAKES = {
@@ -305,26 +308,100 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def test_trainings_go_together_and_a_measurement_alone_and_in_its_turn(tmp_path: Path) -> None:
-    quiet, order = Quiet(tmp_path), list[str]()
+def test_trainings_of_all_searches_go_together_and_a_measurement_alone_and_in_its_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    order = list[str]()
 
     def measure() -> None:
-        with quiet.alone():
+        with Quiet().alone():
             order.append("measured")
 
     def train() -> None:
-        with quiet.together():
+        with Quiet().together():
             order.append("trained")
 
-    with quiet.together():
+    with Quiet().together():
         train()
         threads = [threading.Thread(target=measure)]
         threads[0].start()
-        while not any(is_locked(path) for path in tmp_path.glob(".turnstile-*")):
+        while not any(is_locked(path) for path in tmp_path.glob("pbkd/.turnstile-*")):
             continue  # until the measurement waits for this training
+        with Quiet().briefly():
+            order.append("written")
         threads.append(threading.Thread(target=train))
         threads[1].start()
-        assert order == ["trained"]
+        assert order == ["trained", "written"]
     for thread in threads:
         thread.join()
-    assert order == ["trained", "measured", "trained"]
+    assert order == ["trained", "written", "measured", "trained"]
+
+
+# Stopping early
+
+
+def stage_of(subject: Subject, name: str) -> Any:
+    return subject.graph.nodes[name]
+
+
+def manifest_of(history: list[dict[str, float]], accuracy: float) -> Any:
+    return SimpleNamespace(history=history, metrics={"val_accuracy": accuracy})
+
+
+def test_a_stage_that_somebody_else_ran_is_told_epoch_by_epoch_like_an_own_one(
+    digits: Subject, tmp_path: Path
+) -> None:
+    touched = open_space("pruning_ratios", digits).touches(digits)
+    rows = [{"step": 28.0 * epoch, "epoch": epoch, "val_accuracy": 50.0 + epoch} for epoch in (1, 2)]
+    told = []
+    for is_own in (True, False):
+        watcher = Watcher(digits.graph, touched, Objective(goals=("accuracy",)), Store(tmp_path))
+        watcher.finished(stage_of(digits, "distilled"), "reused", manifest_of(rows, 90.0))  # as in all trials
+        watcher.finished(stage_of(digits, "pruned"), "ran", manifest_of([], 40.0))
+        for row in rows if is_own else ():
+            watcher.progress(stage_of(digits, "restabilized"), row)
+        outcome: Any = "ran" if is_own else "reused"
+        watcher.finished(stage_of(digits, "restabilized"), outcome, manifest_of(rows, 52.0))
+        last = [{"step": 28.0 * epoch, "epoch": epoch, "val_accuracy": 60.0 + epoch} for epoch in (13, 14)]
+        watcher.finished(stage_of(digits, "recovered"), outcome, manifest_of(last, 74.0))
+        told.append([(report["progress"], report["val_accuracy"]) for report in watcher.untold])
+    # Of the last stage not the end: then there is nothing left to stop.
+    assert told[0] == told[1] == [(1.0, 40.0), (2.0, 51.0), (3.0, 52.0), (16.0, 73.0)]
+
+
+def test_a_trial_that_falls_behind_what_earlier_drivers_saw_is_stopped_in_mid_stage(tmp_path: Path) -> None:
+    record = record_of(tmp_path, "fixed")
+    late: Any = SimpleNamespace(trial_id="late")
+    nobody: Any = None
+
+    def verdicts(*reports: tuple[float, float]) -> list[str]:
+        asha = scheduler_of(record, 14, early_stop=True)
+        asha.on_trial_add(nobody, late)
+        told = [{TIME: progress, METRIC: accuracy} for progress, accuracy in reports]
+        return [asha.on_trial_result(nobody, late, report) for report in told]
+
+    falls_behind = [(2.5, 60.0), (3.5, 10.0), (4.5, 10.0)]
+    assert verdicts(*falls_behind) == ["CONTINUE"] * 3
+    for number, outcome in enumerate(("finished", "stopped", "running")):
+        record.add_trial(number, {"a": number}, [])
+        for progress in (1.0, 2.0, 3.0, 4.0):
+            record.add_report(number, progress, 40.0 + 10.0 * number + progress)
+        if outcome != "running":  # it will report again
+            record.add_result(number, outcome)  # type: ignore[arg-type]
+    record = SearchRecord(Store(tmp_path), "own")
+    # Rungs are at 1, 2, 4, ...; what comes between two is held against nobody.
+    assert verdicts(*falls_behind) == ["CONTINUE", "CONTINUE", "STOP"]
+    assert verdicts((1.0, 45.9)) == ["STOP"] and verdicts((1.0, 46.1)) == ["CONTINUE"]
+
+
+def test_a_stage_counts_as_run_if_any_attempt_of_the_trial_ran_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    journal = store.journal("own.0003")
+    for first, second in (("ran", "reused"), ("reused", "ran")):
+        journal.append({"type": "pipeline"})
+        journal.append({"type": "finished", "name": "teacher", "key": "aa", "state": first})
+        journal.append({"type": "finished", "name": "pruned", "key": "bb", "state": second})
+    journal.append({"type": "finished", "name": "recovered", "key": "cc", "state": "reused"})
+    stages = {"teacher": "aa", "pruned": "bb", "recovered": "cc"}
+    assert reached(store, "own", 3) == (stages, ["teacher", "pruned"])
