@@ -26,7 +26,7 @@ NETWORK = {"arch": "resnet20", "base_width": 8}
 Curves = dict[str, list[float]]
 
 
-# Which kernels run depends on the processor, and a few steps make a percent of the last bit's difference. These run on all.
+# Which kernels run depends on the processor, and a few steps make a percent of a last bit. All have these.
 SAME_KERNELS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
 
 
