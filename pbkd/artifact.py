@@ -18,6 +18,7 @@ from pbkd.networks import AnySpec, BlockNetwork, load_weights, read_spec, weight
 from pbkd.networks.weights import empty
 
 FORMAT = 1
+FILES = WEIGHTS, SPEC = "weights.safetensors", "spec.json"
 STATE_DICT_SUFFIXES = (".pt", ".pth", ".bin", ".tar")
 PROBE_SEED = 20180713
 PROBE_TOLERANCE = 1e-3
@@ -58,8 +59,8 @@ def save(network: BlockNetwork, folder: Path) -> Artifact:
         "digest": digest,
         "probe": _probe(network),
     }
-    save_file(tensors, folder / "weights.safetensors")
-    (folder / "spec.json").write_text(json.dumps(description, indent=1) + "\n")
+    save_file(tensors, folder / WEIGHTS)
+    (folder / SPEC).write_text(json.dumps(description, indent=1) + "\n")
     return Artifact(folder, digest, weights, network.spec)
 
 
@@ -69,7 +70,7 @@ def read(folder: Path) -> Artifact:
     Raises:
         UserError: there is none, or its spec is not one of pbkd's.
     """
-    path = folder / "spec.json"
+    path = folder / SPEC
     try:
         description = json.loads(path.read_text())
         weights, digest = description["weights_digest"], description["digest"]
@@ -91,14 +92,14 @@ def load(folder: Path) -> BlockNetwork:
         UserError: weights are missing, do not match their digest, or do not give the stored logits.
     """
     artifact = read(folder)
-    path = folder / "weights.safetensors"
+    path = folder / WEIGHTS
     tensors = read_tensors(path)
     if weights_digest(tensors) != artifact.weights_digest:
         raise UserError(f"{path}: the weights do not match their digest; the file was edited or damaged")
     network = empty(artifact.spec)
     load_weights(network, tensors, str(path))
     network.eval().requires_grad_(False)
-    stored = torch.tensor(json.loads((folder / "spec.json").read_text())["probe"])
+    stored = torch.tensor(json.loads((folder / SPEC).read_text())["probe"])
     found = torch.tensor(_probe(network))
     if not torch.allclose(
         found, stored, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(stored.abs().max())

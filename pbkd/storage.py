@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
 
 
@@ -23,6 +24,14 @@ class Stat(NamedTuple):
 
     size: int
     modified: float
+
+
+def stays_below(name: object) -> bool:
+    """Whether it is a name of something below, as a storage's names are: relative, and with no `..` in it."""
+    if not isinstance(name, str) or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
 
 
 class Unreachable(OSError):  # noqa: N818 - what it is, not that it is wrong
@@ -70,6 +79,9 @@ class Storage(Protocol):
 
     def local(self, name: str, fresh: bool = False) -> Path:
         """The folder `name` on this machine, whether it is there or not; `fresh` trusts no earlier copy."""
+
+    def original(self, name: str) -> AbstractContextManager[Path]:
+        """The folder `name` as it is kept, to read in a `with` block; copies made before are left alone."""
 
     def names(self, name: str = "") -> list[str]:
         """What lies directly below `name`, in order; nothing if there is none."""
@@ -179,6 +191,9 @@ class Folder:
 
     def local(self, name: str, fresh: bool = False) -> Path:
         return self.path / name
+
+    def original(self, name: str) -> AbstractContextManager[Path]:
+        return nullcontext(self.path / name)
 
     def names(self, name: str = "") -> list[str]:
         try:

@@ -167,10 +167,13 @@ def ui(
     ] = None,
 ) -> None:
     """Start the MLflow UI on the store, on this machine only, and print the pages worth opening."""
+    from pipelines.recipe import without_secrets
     from pipelines.store import Store
     from pipelines.tracking import default_uri
     from pipelines.ui import serve
 
+    if uri is not None:
+        without_secrets(uri)
     opened = Store.existing(store)
     opened.require_writable()  # of the database; what it lacks is written first
     serve(opened, uri or default_uri(opened), port)

@@ -129,8 +129,6 @@ class Driver:
                 return
             if not chain:
                 continue  # what was ready belongs to somebody else: there may be more
-            for node in chain:
-                failure(self._store, _key(node))  # of an earlier run
             self._mine.update(node.name for node in chain)
             name = job_name(self._graph.recipe.name, [(node.name, _key(node)) for node in chain])
             self._announce(chain[0])
@@ -205,7 +203,7 @@ class Driver:
     def _conclude(self, chain: list[Node], future: Future[None]) -> None:
         """A job has ended: all of it is published, or somebody else does the rest, or something failed."""
         unfinished = [node for node in chain if node.name not in self.manifests]
-        left = {node.name: failure(self._store, _key(node)) for node in unfinished}
+        left = {node.name: failure(self._store, self._held[_key(node)]) for node in unfinished}
         is_lost = any(not self._held[_key(node)].is_current() for node in unfinished)
         for node in chain:
             self._release(node)

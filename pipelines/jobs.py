@@ -33,7 +33,7 @@ from pipelines.recipe import Compute
 from pipelines.store import Input, Manifest, Store
 
 PACKAGES = ("pbkd", "torch", "torchvision", "ray", "mlflow", "torch-pruning", "numpy", "safetensors")
-FAILURE, PROGRESS = "failure.json", "progress.jsonl"
+PROGRESS = "progress.jsonl"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def carry_out(job: Job, rank: int = 0, world: int | None = None) -> None:
         if store.manifest(item.key) is not None:
             continue
         work = store.work(item.key)
-        if not item.lease.is_wanted() or FAILURE in work.names():
+        if not item.lease.is_wanted() or _failure(item.lease) in work.names():
             return  # an earlier attempt, or another rank in it, gave up
         try:
             with Guard(item.lease, compute.watchdog_seconds) as guard, _warnings_to(work, rank):
@@ -93,12 +93,12 @@ def carry_out(job: Job, rank: int = 0, world: int | None = None) -> None:
         except (Fenced, Stopped) as error:
             raise GaveUp from error
         except (UserError, StageError) as error:
-            _leave_failure(work, error)
+            _leave_failure(work, item.lease, error)
             raise GaveUp from error
         except (OSError, MemoryError, RuntimeError) as error:
             if (reason := exhaustion(error)) is None:
                 raise
-            _leave_failure(work, StageError(reason))
+            _leave_failure(work, item.lease, StageError(reason))
             raise GaveUp from error
 
 
@@ -116,6 +116,7 @@ def _carry_out(
         lambda: guard.step() and rank == 0,  # whose state is kept; without it the others cannot go on
         compute.checkpoint_steps,
         guard.pause,
+        item.lease.is_current,
     )
     started = time.monotonic()
     inputs = {given.role: _load(store, given.key) for given in item.inputs}
@@ -157,20 +158,25 @@ class _ProgressHandler(logging.Handler):
             self.handleError(record)
 
 
-def failure(store: Store, key: str) -> Exception | None:
-    """What `carry_out` left of a failed stage; taken away by asking."""
-    work = store.work(key)
+def failure(store: Store, lease: Lease) -> Exception | None:
+    """What `carry_out` left of a stage that failed under `lease`; taken away by asking."""
+    work = store.work(lease.key)
     try:
-        record = json.loads(work.read(FAILURE))
+        record = json.loads(work.read(_failure(lease)))
     except FileNotFoundError:
         return None
-    work.remove(FAILURE)
+    work.remove(_failure(lease))
     return (UserError if record["user"] else StageError)(record["message"])
 
 
-def _leave_failure(work: Storage, error: Exception) -> None:
+def _leave_failure(work: Storage, lease: Lease, error: Exception) -> None:
     record = {"user": isinstance(error, UserError), "message": str(error)}
-    work.replace(FAILURE, json.dumps(record).encode())
+    work.replace(_failure(lease), json.dumps(record).encode())
+
+
+def _failure(lease: Lease) -> str:
+    """Of one owner alone: what a worker of an earlier one meets is not this one's failure."""
+    return f"failure-{lease.token}.json"
 
 
 def _load(store: Store, key: str) -> BlockNetwork:

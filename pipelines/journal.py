@@ -5,7 +5,8 @@ import logging
 import time
 from typing import Any
 
-from pbkd.storage import Storage
+from pbkd.errors import UserError
+from pbkd.storage import Storage, stays_below
 
 log = logging.getLogger(__name__)
 
@@ -55,3 +56,18 @@ def latest_report(journal: Journal, kind: str = "report") -> Record | None:
     """The record of the latest report that was made of the pipeline, if there is one; of a search, `page`."""
     records, _ = journal.read()
     return next((record for record in reversed(records) if record.get("type") == kind), None)
+
+
+def report_files(report: Record) -> list[str]:
+    """The files of a report by its record, the page first, below the folder of the journal.
+
+    Raises:
+        UserError: a name leads elsewhere, as in a journal that somebody has edited.
+    """
+    names = report.get("files")
+    if not isinstance(names, list) or not names or not all(stays_below(name) for name in names):
+        raise UserError(
+            f"the journal names files of a report that are not in its folder: {str(names)[:200]}\n"
+            "it was tampered with or damaged: look at it; pbkd report makes the report anew"
+        )
+    return names

@@ -90,6 +90,9 @@ class Generation:
     stopping: bool = False
 
 
+NEVER_LEASED = Generation(0, released=True)
+
+
 @dataclass
 class Lease:
     """The right to work on `key`. A pickled copy can only be asked; the original is renewed and released."""
@@ -124,7 +127,7 @@ class Lease:
     def renew(self) -> bool:
         """Show that the owner lives; False (and nothing written) once the lease is released or fenced out."""
         with self._lock:
-            if self.released or read_newest(self.storage).number != self.generation:
+            if self.released or not self._has_written(read_newest(self.storage)):
                 return False
             self.counter += 1
             self.storage.replace(_name(self.generation), self._content(), sync=False)
@@ -135,7 +138,13 @@ class Lease:
         with self._lock:
             if not self.released:
                 self.released = True
-                self.storage.replace(_name(self.generation), self._content())
+                if self._has_written(_read(self.storage, self.generation)):
+                    self.storage.replace(_name(self.generation), self._content())
+
+    def _has_written(self, found: Generation) -> bool:
+        """Whether it is this one's file: old ones are removed, so another owner may have the number now."""
+        is_readable = found.counter >= 0  # else a power cut has emptied it
+        return found.number == self.generation and (found.token == self.token or not is_readable)
 
     def _content(self) -> bytes:
         state = {
@@ -205,15 +214,19 @@ def read_newest(place: Storage) -> Generation:
     """Return the highest generation of `leases_of`; number 0, which counts as released, if there is none."""
     numbers = [int(name.removesuffix(".json")) for name in place.names() if name[0].isdigit()]
     if not numbers:
-        return Generation(0, released=True)
+        return NEVER_LEASED
+    return _read(place, max(numbers))
+
+
+def _read(place: Storage, number: int) -> Generation:
     try:
-        state = json.loads(place.read(_name(max(numbers))))
+        state = json.loads(place.read(_name(number)))
         owner = Owner(**state.pop("owner"))
-        return Generation(max(numbers), owner=owner, **state)
+        return Generation(number, owner=owner, **state)
     except FileNotFoundError:
-        return Generation(0, released=True)  # a finished stage's, removed by `pbkd store gc` just now
+        return NEVER_LEASED  # a finished stage's, removed by `pbkd store gc` just now
     except (ValueError, KeyError, TypeError):
-        return Generation(max(numbers))  # emptied by a power cut: nobody renews it, so its watchers take over
+        return Generation(number)  # emptied by a power cut: nobody renews it, so its watchers take over
 
 
 def _name(generation: int) -> str:

@@ -61,10 +61,21 @@ class ObjectStorage:
         return f"{self._url}/{self._prefix}{name}".rstrip("/")
 
     def prepare(self, name: str) -> None:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
         marker = f"{name}/{MARKER}"
         self.create(marker, uuid.uuid4().bytes)
         if self.create(marker, uuid.uuid4().bytes):
             raise OSError("it overwrites what is there, though told not to (If-None-Match: *)")
+        with self._told(marker):
+            stale, _ = self._get(marker)
+            obstore.put(self._client, self._path(marker), uuid.uuid4().bytes)
+            try:
+                obstore.put(self._client, self._path(marker), uuid.uuid4().bytes, mode=stale)
+            except (AlreadyExistsError, PreconditionError):
+                return
+        raise OSError("it overwrites what has changed since, though told not to (If-Match)")
 
     def below(self, name: str) -> ObjectStorage:
         return ObjectStorage(self._url, f"{self._prefix}{name}/")
@@ -126,25 +137,34 @@ class ObjectStorage:
 
     def local(self, name: str, fresh: bool = False) -> Path:
         """A copy of it, made when it is first asked for."""
+        place = self.here / name
+        if place.is_dir() and not fresh:
+            return place
+        with self.original(name) as folder:
+            if place.is_dir():
+                # File by file: whoever reads the old copy finds each file at any moment. What the bucket has
+                # no more stays, for it may be the last there is.
+                for file in folder.iterdir():
+                    file.replace(place / file.name)
+            elif any(folder.iterdir()):
+                self._keep(folder, name)
+        return place
+
+    @contextmanager
+    def original(self, name: str) -> Iterator[Path]:
         import obstore
 
-        place = self.here / name
-        if place.is_dir():
-            if not fresh:
-                return place
-            shutil.rmtree(place)
-        with self._told(name):
-            files = self._below(name)
-            if not files:
-                return place
-            folder = _cache(self._url) / "scratch" / uuid.uuid4().hex
-            folder.mkdir(parents=True)
-            for path in files:
-                with (folder / path.rpartition("/")[2]).open("wb") as file:
-                    for chunk in obstore.get(self._client, path):
-                        file.write(chunk)
-        self._keep(folder, name)
-        return place
+        folder = _cache(self._url) / "scratch" / uuid.uuid4().hex
+        folder.mkdir(parents=True)
+        try:
+            with self._told(name):
+                for path in self._below(name):
+                    with (folder / path.rpartition("/")[2]).open("wb") as file:
+                        for chunk in obstore.get(self._client, path):
+                            file.write(chunk)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def names(self, name: str = "") -> list[str]:
         import obstore

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pbkd.errors import UserError
 from pbkd.storage import Storage
-from pipelines.journal import Record
+from pipelines.journal import Record, report_files
 from pipelines.mlflow_values import final_metrics, flatten, log_run
 from pipelines.registry import register
 from pipelines.stage_runs import StageRun, StageRuns
@@ -216,11 +217,14 @@ def log_report(client: "MlflowClient", run_id: str, records: Storage, record: Re
     """Give a run its report, whose files lie in `records`, and its description; False if it cannot be."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            for name in record["files"]:
+            for name in report_files(record):
                 copy = Path(folder, name)
-                copy.parent.mkdir(exist_ok=True)
+                copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(records.read(name))
             client.log_artifacts(run_id, folder)
+        except UserError as error:
+            log.warning("the report is left out of MLflow: %s", error)
+            return False
         except FileNotFoundError as error:
             log.warning("the report is left out of MLflow: %s is gone", error.filename)
             return False

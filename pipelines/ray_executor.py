@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -203,7 +204,11 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _token(store: Store) -> Path:
-    """The store's token for the clusters started for it; made once, readable for its owner alone."""
+    """The store's token for the clusters started for it; made once, readable for its owner alone.
+
+    Raises:
+        UserError: others may know or have chosen the one that is there.
+    """
     path = store.root / "ray-token"
     if not path.exists():
         folder = store.scratch()
@@ -213,4 +218,12 @@ def _token(store: Store) -> Path:
         with suppress(FileExistsError):  # another run was first, and its token is whole
             os.link(mine, path)
         shutil.rmtree(folder)
+    found = path.lstat()
+    is_private = stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) & 0o077 == 0
+    if not is_private or found.st_uid != os.getuid():
+        raise UserError(
+            f"{path}: the token of Ray clusters must be your own file, which nobody else can read or write\n"
+            f"found mode {stat.S_IMODE(found.st_mode):04o}, user {found.st_uid}\n"
+            "remove it, and the next run makes another; or set compute.executor=local"
+        )
     return path

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     NonNegativeInt,
@@ -102,10 +104,28 @@ class Compute(Precision):
         return self
 
 
-class Tracking(Settings):
-    """Where MLflow is: `uri` of a server; null: `MLFLOW_TRACKING_URI`, or else a database in the store."""
+def without_secrets(uri: str) -> str:
+    """Return the address of MLflow, which is written to stores, logs, reports and MLflow itself.
 
-    uri: str | None = None
+    Raises:
+        UserError: it holds a user or a password, or is none.
+    """
+    try:
+        address = urlsplit(uri)
+    except ValueError as error:
+        raise UserError(f"is no address of MLflow: {error}") from error
+    if address.password is not None or (address.scheme.startswith("http") and address.username is not None):
+        raise UserError(
+            "an address of MLflow is written to stores, logs and reports: leave user and password out of it\n"
+            "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment instead"
+        )
+    return uri
+
+
+class Tracking(Settings):
+    """Where MLflow is: `uri`, without secrets; null: `MLFLOW_TRACKING_URI`, or else in the store."""
+
+    uri: Annotated[str, AfterValidator(without_secrets)] | None = None
 
 
 class Recipe(Settings):

@@ -14,7 +14,7 @@ from pbkd.errors import StageError, UserError
 from pipelines.driver import Display, Driver, Outcome
 from pipelines.executors import Executor, open_executor
 from pipelines.graph import Graph, finished, pipeline_id, require_keys
-from pipelines.journal import Journal, latest_report
+from pipelines.journal import Journal, latest_report, report_files
 from pipelines.latency import Latencies, Milliseconds
 from pipelines.store import RECIPE, Manifest, Store
 from pipelines.tracking import Tracker, default_uri, read_ids
@@ -131,8 +131,13 @@ def _report(store: Store, identity: str) -> Path | None:
 def _made_report(store: Store, identity: str) -> Path | None:
     """The page of the latest report, if it is still there."""
     latest = latest_report(store.journal(identity))
-    page = store.pipeline(identity) / latest["files"][0] if latest is not None else None
-    return page if page is not None and page.is_file() else None
+    if latest is None:
+        return None
+    try:
+        page = store.pipeline(identity) / report_files(latest)[0]
+    except UserError:
+        return None  # a new one is made, and recorded
+    return page if page.is_file() else None
 
 
 def _ended_well(journal: Journal) -> bool:

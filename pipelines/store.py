@@ -1,12 +1,13 @@
 """The store: manifests, artifacts, latencies, unfinished work. The one source of truth of all runs."""
 
 import json
+import logging
 import os
 import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +18,8 @@ from pbkd.errors import StageError, UserError
 from pbkd.storage import Folder, Storage
 from pipelines.journal import Journal
 from pipelines.lease import Fenced, Lease, hex_name
+
+log = logging.getLogger(__name__)
 
 SHORTEST_PREFIX = 6
 RECIPE = "recipe.yaml"
@@ -195,18 +198,30 @@ class Store:
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget finished stages, so that they run again; of their artifacts those go that no other has."""
-        doomed = set()
+        doomed: dict[str, float | None] = {}
         for key in keys:
-            with suppress(UserError):  # its manifest is damaged, and says nothing
-                if (manifest := self.manifest(key)) is not None:
-                    doomed.add(manifest.artifact)
+            if (digest := self._artifact_of(key)) is not None:
+                doomed[digest] = self._touched(digest)
             self.storage.remove(_manifest(key))
-        for key in self.keys() if doomed else ():
-            with suppress(UserError):
-                if (manifest := self.manifest(key)) is not None:
-                    doomed.discard(manifest.artifact)
-        for digest in doomed:
-            self.storage.remove(_artifact(digest))
+        used: dict[str, str | None] = {}
+        for digest, before in doomed.items():
+            # Looked up anew for each: another run may make, and publish, the same once more meanwhile.
+            used = {key: used[key] if key in used else self._artifact_of(key) for key in self.keys()}
+            if digest not in used.values() and self._touched(digest) == before:
+                self.storage.remove(_artifact(digest))
+
+    def _artifact_of(self, key: str) -> str | None:
+        """The digest that a stage's manifest names; None if it is damaged, or gone."""
+        with suppress(UserError):
+            if (manifest := self.manifest(key)) is not None:
+                return manifest.artifact
+        return None
+
+    def _touched(self, digest: str) -> float | None:
+        """When the artifact was made, or last made once more."""
+        with suppress(FileNotFoundError):
+            return self.storage.stat(_artifact(digest)).modified
+        return None
 
     def cure(self, keys: Iterable[str]) -> str:
         """Return the command that drops stages."""
@@ -266,6 +281,10 @@ class Store:
         """
         return self.storage.local(_artifact(digest), fresh)
 
+    def original_artifact(self, digest: str) -> AbstractContextManager[Path]:
+        """Return the folder of an artifact as the store has it, for a `with` block; copies are left alone."""
+        return self.storage.original(_artifact(digest))
+
     def artifact_location(self, digest: str) -> str:
         """Return where the artifact is, or would be."""
         return self.storage.location(_artifact(digest))
@@ -295,13 +314,19 @@ class Store:
     # Latency
 
     def latencies(self, network: str, machine: str) -> dict[str, Timed | None]:
-        """Return what was timed of the architecture of digest `network` on `machine`; None: it cannot be."""
+        """Return what was timed of the architecture of digest `network` on `machine`; None: it cannot be.
+
+        A record that cannot be read is as good as none, and measured anew; a warning says so.
+        """
+        name = _latency(network, machine)
         try:
-            record = json.loads(self.storage.read(_latency(network, machine)))
+            return timings(self.storage.read(name))
         except FileNotFoundError:
             return {}
-        found: dict[str, Timed | None] = record["latencies"]
-        return found
+        except ValueError:
+            place = self.storage.location(name)
+            log.warning("%s: is damaged: the next run that needs it measures anew", place)
+            return {}
 
     def add_latencies(self, network: str, machine: str, found: Mapping[str, Timed | None]) -> None:
         """Keep what was timed, beside what is there; a later measurement takes an earlier one's place."""
@@ -360,6 +385,17 @@ class Store:
         folder = self.root / place(kind, name)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+
+def timings(content: bytes) -> dict[str, Timed | None]:
+    """What a latency record holds, by name; None: it cannot be timed. Raises ValueError if it is none."""
+    try:
+        found: dict[str, Timed | None] = json.loads(content)["latencies"]
+        if all(timed is None or isinstance(timed["median_ms"], float | int) for timed in found.values()):
+            return found
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("not a record of latencies") from error
+    raise ValueError("a latency is no number")
 
 
 def _manifest(key: str) -> str:

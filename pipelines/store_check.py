@@ -5,18 +5,21 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from pbkd.errors import UserError
 from pbkd.storage import Folder, Storage
-from pipelines.lease import LeaseWatcher, hex_name, leases_of, read_newest
-from pipelines.store import Manifest, Store
+from pipelines.lease import NEVER_LEASED, Generation, LeaseWatcher, hex_name, leases_of, read_newest
+from pipelines.store import Manifest, Store, timings
+from pipelines.tracking import IDS
 
 YOUNG_SECONDS = 3600.0
 """What was touched a shorter time ago is left alone: a run that has just begun may be about to use it."""
 WATCH_SECONDS = 0.5
 HERE = ("scratch/", "ray/")
+OF_KEYS = ("work", "leases")
 SHARED = ("manifests", "artifacts", "work")
 
 
@@ -41,7 +44,7 @@ GC = "pbkd store gc --apply"
 
 
 def check(store: Store, full: bool = False) -> list[Finding]:
-    """Look through the whole store; `full` also reads all weights and compares their digests.
+    """Look through the whole store; `full` also reads all weights and checkpoints and compares their digests.
 
     Owners of leases on other machines are given the benefit of the doubt.
     """
@@ -52,6 +55,9 @@ def check(store: Store, full: bool = False) -> list[Finding]:
         findings += _inputs(store, manifest, keys)
     findings += _artifacts(store, manifests, full)
     findings += _journals(store)
+    findings += _records(store)
+    if full:
+        findings += _checkpoints(store)
     live = {key for key in _leased(store) if not LeaseWatcher(store.storage, key).dead()}
     leftovers = _leftovers(store, manifests, live, is_readable=is_readable)
     findings += [Finding("leftover", location(store, name), what, GC) for name, what in leftovers]
@@ -59,19 +65,32 @@ def check(store: Store, full: bool = False) -> list[Finding]:
     return findings
 
 
-def unused(store: Store) -> list[str]:
-    """Names, in the store, of what nothing refers to.
+def unused(store: Store) -> dict[str, Generation | None]:
+    """Names, in the store, of what nothing refers to; of a key's things, the lease it was judged by.
 
     Nothing of a key with a live lease is in it, and while there is one at all, nothing that cannot be told
     to belong to another key. It takes seconds if another machine holds a lease: its counter is watched.
     """
+    newest = {key: read_newest(leases_of(store.storage, key)) for key in _leased(store)}
     manifests, damage = _manifests(store)
-    return [name for name, _ in _leftovers(store, manifests, _live(store), is_readable=not damage)]
+    names = [name for name, _ in _leftovers(store, manifests, _live(store), is_readable=not damage)]
+    judged: dict[str, Generation | None] = {}
+    for name in names:
+        kind, _, key = name.partition("/")
+        judged[name] = newest.get(key, NEVER_LEASED) if kind in OF_KEYS and _is_key(key) else None
+    return judged
 
 
-def remove(store: Store, name: str) -> None:
-    """Take what `unused` named out of the store at once, then delete it."""
-    _place(store, name).remove(name)
+def remove(store: Store, name: str, lease: Generation | None) -> bool:
+    """Take what `unused` named out of the store at once, then delete it; False if it is in use by now."""
+    place = _place(store, name)
+    if lease is not None:
+        is_unused = read_newest(leases_of(store.storage, name.partition("/")[2])) == lease
+    else:
+        is_unused = bool(_old(place, [name]))
+    if is_unused:
+        place.remove(name)
+    return is_unused
 
 
 def size_of(store: Store, name: str) -> int:
@@ -118,34 +137,75 @@ def _artifacts(store: Store, manifests: Mapping[str, Manifest], full: bool) -> I
     for manifest in manifests.values():
         made[manifest.artifact].append(manifest)
     for digest, makers in made.items():
-        folder, place = store.artifact(digest, fresh=full), store.artifact_location(digest)
+        place = store.artifact_location(digest)
         cure = f"{store.cure(manifest.key for manifest in makers)} (the stage runs again)"
         keys = ", ".join(manifest.key[:12] for manifest in makers)
-        if not folder.is_dir():
+        # Of an object store the bucket is asked, whatever copies this machine may have.
+        present = store.storage.names(f"artifacts/{digest}")
+        missing = [name for name in artifact.FILES if name not in present]
+        if not present:
             what = f"is missing, but stage {keys} is finished with it"
             yield Finding("damage", place, what, cure)
             continue
-        try:
-            found = artifact.read(folder)
-            if (found.digest, found.weights_digest) != (digest, makers[0].digest):
-                raise UserError(f"{folder}: holds another network than the one it is named for")
-            if not (folder / "weights.safetensors").is_file():
-                raise UserError(f"{folder / 'weights.safetensors'}: is missing")
-            if full:
-                artifact.load(folder)
-        except UserError as error:
-            yield Finding("damage", place, str(error).partition("\n")[0], cure)
+        if missing:
+            what = f"{' and '.join(missing)} missing, but stage {keys} is finished with it"
+            yield Finding("damage", place, what, cure)
+            continue
+        with store.original_artifact(digest) if full else nullcontext(store.artifact(digest)) as folder:
+            try:
+                found = artifact.read(folder)
+                if (found.digest, found.weights_digest) != (digest, makers[0].digest):
+                    raise UserError(f"{folder}: holds another network than the one it is named for")
+                if full:
+                    artifact.load(folder)
+            except UserError as error:
+                what = str(error).partition("\n")[0].replace(str(folder), place)
+                yield Finding("damage", place, what, cure)
 
 
 def _journals(store: Store) -> Iterator[Finding]:
-    for pipeline_id in sorted(store.pipelines()):
-        records = store.records(pipeline_id)
-        lines = records.read("journal.jsonl").splitlines()
+    places = [store.records(pipeline_id) for pipeline_id in sorted(store.pipelines())]
+    for records in [*places, *map(store.search_records, store.searches())]:
+        try:
+            lines = records.read("journal.jsonl").splitlines()
+        except FileNotFoundError:
+            continue  # of a search that has not begun
         torn = [number for number, line in enumerate(lines, 1) if not _is_record(line)]
         if torn:
             what = f"{len(torn)} of {len(lines)} lines are torn, the first is line {torn[0]}"
             path, cure = records.location("journal.jsonl"), "none needed: they are skipped"
             yield Finding("damage", path, what, f"{cure}; the manifests have all results")
+
+
+def _records(store: Store) -> Iterator[Finding]:
+    """What is made anew: latencies, and where a pipeline is in MLflow."""
+    for name in store.storage.names("latency"):
+        try:
+            timings(store.storage.read(f"latency/{name}"))
+        except FileNotFoundError:
+            continue  # removed a moment ago
+        except ValueError as error:
+            cure = "none needed: the next run that needs it measures anew"
+            yield Finding("damage", store.storage.location(f"latency/{name}"), str(error), cure)
+    for pipeline_id in sorted(store.pipelines()):
+        records = store.records(pipeline_id)
+        try:
+            is_sound = _is_record(records.read(IDS))
+        except FileNotFoundError:
+            continue
+        if not is_sound:
+            cure = "none needed: the next run of the pipeline makes it anew"
+            yield Finding("damage", records.location(IDS), "is not what a run has written", cure)
+
+
+def _checkpoints(store: Store) -> Iterator[Finding]:
+    from pbkd.engine import Checkpoints
+
+    for key in filter(_is_key, store.storage.names("work")):
+        work = store.work(key)
+        for name, what in Checkpoints(work).damaged().items():
+            cure = "none needed: the stage goes on from the checkpoint before it, or begins again"
+            yield Finding("damage", work.location(name), what, cure)
 
 
 def _is_record(line: bytes) -> bool:
@@ -236,7 +296,12 @@ def _old(storage: Storage, names: list[str]) -> list[str]:
     storage.replace(probe, b"", sync=False)
     now = storage.stat(probe).modified
     storage.remove(probe)
-    return [name for name in names if now - storage.stat(name).modified > YOUNG_SECONDS]
+    old = []
+    for name in names:
+        with suppress(FileNotFoundError):  # removed a moment ago
+            if now - storage.stat(name).modified > YOUNG_SECONDS:
+                old.append(name)
+    return old
 
 
 def _is_key(name: str) -> bool:

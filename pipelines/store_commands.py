@@ -73,8 +73,9 @@ def gc(
     names = unused(opened)
     sizes = {location(opened, name): size_of(opened, name) for name in names}
     if apply:
-        for name in names:
-            remove(opened, name)
+        kept = [name for name, lease in names.items() if not remove(opened, name, lease)]
+        for name in kept:  # somebody has begun to use it meanwhile
+            del sizes[location(opened, name)]
     if json_:
         rows = [{"path": path, "bytes": size} for path, size in sizes.items()]
         typer.echo(json.dumps({"store": opened.location, "applied": apply, "unused": rows}))
@@ -109,9 +110,13 @@ def replay(
     json_: Machine = False,
 ) -> None:
     """Write to MLflow what it lacks of the store's pipelines, from their journals; nothing twice."""
+    from pipelines.recipe import without_secrets
     from pipelines.store import Store
     from pipelines.tracking import default_uri
     from pipelines.tracking import replay as write
+
+    if uri is not None:
+        without_secrets(uri)
 
     opened = Store.existing(store)
     opened.require_writable()

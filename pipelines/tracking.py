@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from pbkd.errors import StageError
+from pbkd.errors import StageError, UserError
 from pbkd.storage import Folder, Storage
-from pipelines.journal import Journal, latest_report
+from pipelines.journal import Journal, latest_report, report_files
 from pipelines.lease import held
 from pipelines.projection import REPORTED, Projection
+from pipelines.recipe import without_secrets
 from pipelines.search_projection import SearchProjection
 from pipelines.stage_runs import StageRun
 from pipelines.store import Store
@@ -35,7 +36,12 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 def default_uri(store: Store) -> str:
     """Return where MLflow is unless recipe or command say it: `MLFLOW_TRACKING_URI`, else in the store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or database_uri(store)
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        try:
+            return without_secrets(given)
+        except UserError as error:
+            raise UserError(f"MLFLOW_TRACKING_URI: {error}") from None
+    return database_uri(store)
 
 
 def database_uri(store: Store) -> str:
@@ -77,10 +83,14 @@ def _places(store: Store, pipeline_id: str) -> list[Storage]:
 def _read_ids(places: list[Storage]) -> dict[str, Any]:
     for place in places:
         try:
-            ids: dict[str, Any] = json.loads(place.read(IDS))
+            ids = json.loads(place.read(IDS))
         except FileNotFoundError:
             continue
-        return ids
+        except ValueError:
+            ids = None
+        if isinstance(ids, dict):
+            return ids
+        log.warning("%s: is damaged: the next run of the pipeline makes it anew", place.location(IDS))
     return {}
 
 
@@ -278,6 +288,8 @@ def replay(uri: str, store: Store) -> list[str]:
 def _report_digest(there: Storage, kind: str) -> str | None:
     """Of the latest report that was made of a pipeline, or a search, if it is still in the store."""
     latest = latest_report(Journal(there), kind)
-    if latest is None or latest["files"][0] not in there.names():
+    try:
+        is_there = latest is not None and report_files(latest)[0] in there.names()
+    except UserError:
         return None
-    return str(latest["digest"])
+    return str(latest["digest"]) if latest is not None and is_there else None

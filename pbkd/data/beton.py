@@ -7,19 +7,26 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from pbkd.data.beton_format import RAW, FormatError, Tables, read_tables
 from pbkd.errors import UserError
+from pbkd.storage import stays_below
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 Mode = Literal["raw", "jpeg", "smart"]
+
+
+def _below(name: str) -> str:
+    if not stays_below(name):
+        raise ValueError(f"{name!r} is not below the data set's root")
+    return name
 
 
 class BetonSettings(BaseModel):
@@ -64,7 +71,7 @@ class BetonManifest(BaseModel):
     settings: BetonSettings
     shape: tuple[int, int] | None
     source_digest: str
-    broken: tuple[str, ...] = ()
+    broken: tuple[Annotated[str, AfterValidator(_below)], ...] = ()
     seal: str = ""
 
     def sealed(self) -> Self:

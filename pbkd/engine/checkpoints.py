@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from safetensors import SafetensorError
@@ -27,10 +28,13 @@ class Checkpoints:
     """Checkpoints of one training, `step-NNN-SHA256`: safetensors with all that is no tensor as metadata.
 
     The newest two are kept. One that does not match the digest in its name is passed over, with a warning.
+    Another writer may have taken the training over, and this one not know it yet: what it cannot know of is
+    never removed, and once `may_save` says no, nothing is written.
     """
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, may_save: Callable[[], bool] = lambda: True) -> None:
+        self._storage, self._may_save = storage, may_save
+        self._known: set[str] = set()  # what was there when it began, and its own
 
     def save(self, state: State) -> None:
         """Write a checkpoint: a crash at any moment leaves either all of it or nothing that is ever read.
@@ -41,13 +45,17 @@ class Checkpoints:
         rest = {"step": state.step, "numbers": state.numbers, "history": state.history}
         content = save_tensors(state.tensors, {"state": json.dumps(rest)})
         name = f"step-{state.step:09d}-{hashlib.sha256(content).hexdigest()}"
+        if not self._may_save():
+            log.warning("checkpoint %s is not written: another run goes on with the training", _step(name))
+            return
         self._storage.replace(name, content)
-        found = self._names()
+        self._known.add(name)
         # A later one was damaged, or is of no use; so is another one of the same step.
-        kept = [name, *[other for other in found if _step(other) < _step(name)][1 - KEPT :]]
-        for other in found:
-            if other not in kept:
-                self._storage.remove(other)
+        earlier = sorted(other for other in self._known if _step(other) < _step(name))
+        kept = {name, *earlier[1 - KEPT :]}
+        for other in self._known - kept:
+            self._storage.remove(other)
+        self._known = kept
 
     def clean(self) -> None:
         """Remove what a crash left half written; for a new writer, before it begins."""
@@ -58,21 +66,43 @@ class Checkpoints:
     def restore(self, *, warn: bool = True) -> State | None:
         """The newest sound checkpoint, or None; what is passed over for it is warned of in one line."""
         found, damaged = None, []
-        for name in reversed(self._names()):
+        names = self._names()
+        self._known = set(names)
+        for name in reversed(names):
             try:
-                found = _parse(name, self._storage.read(name))
+                found = self._read(name)
                 break
             except FileNotFoundError:
                 continue  # removed a moment ago
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                if isinstance(error, OSError) and error.errno != errno.EIO:
-                    raise  # it may be sound, and cannot be reached
-                damaged.append(f"{_step(name)} is damaged ({_one_line(error)})")
+            except _Damaged as error:
+                damaged.append(f"{_step(name)} is damaged ({error})")
         if damaged and warn:
             goes_on = "begins again" if found is None else f"goes on from step {found.step}"
             place = self._storage.location()
             log.warning("checkpoint %s/%s: the training %s", place, "; ".join(damaged), goes_on)
         return found
+
+    def damaged(self) -> dict[str, str]:
+        """What is wrong with those that `restore` would pass over, by their names."""
+        found = {}
+        for name in self._names():
+            try:
+                self._read(name)
+            except FileNotFoundError:
+                continue
+            except _Damaged as error:
+                found[name] = str(error)
+        return found
+
+    def _read(self, name: str) -> State:
+        try:
+            return _parse(name, self._storage.read(name))
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EIO:
+                raise  # it may be sound, and cannot be reached
+            raise _Damaged(_one_line(error)) from error
 
     def _names(self) -> list[str]:
         return [name for name in self._storage.names() if NAME.fullmatch(name)]
@@ -96,6 +126,10 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+
+class _Damaged(Exception):  # noqa: N818 - the reason is the message
+    """A checkpoint is not what was written."""
 
 
 def _step(name: str) -> str:

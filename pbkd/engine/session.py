@@ -30,7 +30,7 @@ class Session(Protocol):
         """Whether it is time for a checkpoint, before step `step`."""
 
     def save(self, state: State) -> None:
-        """Begin to keep `state`, without waiting; only rank 0 writes."""
+        """Begin to keep `state`, without waiting; only rank 0 writes, and only while the training is its."""
 
     def commit(self) -> None:
         """Wait until what was saved is safe. Raises OSError if it could not be written."""
@@ -68,6 +68,7 @@ class LocalSession:
             twice as often, as one may still be being written. None: time alone decides.
         should_stop: asked before every step.
         pause: told when no step is under way any more.
+        may_save: asked before each checkpoint; no: the training has another owner now, who writes them.
     """
 
     def __init__(
@@ -80,10 +81,11 @@ class LocalSession:
         should_stop: Callable[[], bool] = lambda: False,
         checkpoint_steps: int | None = None,
         pause: Callable[[], None] = lambda: None,
+        may_save: Callable[[], bool] = lambda: True,
     ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self._storage = Folder(storage) if isinstance(storage, Path) else storage
-        self._checkpoints = Checkpoints(self._storage) if self._storage else None
+        self._checkpoints = Checkpoints(self._storage, may_save) if self._storage else None
         self._writer = CheckpointWriter(self._checkpoints) if self._checkpoints else None
         self._seconds, self._steps = checkpoint_seconds, checkpoint_steps
         self._saved_at, self._saved_step = time.monotonic(), 0

@@ -103,10 +103,10 @@ def _record(written: Written, kind: str, summary: str, records: Storage, beside:
     for path in beside:
         digest.update(path.read_bytes())
     known = digest.hexdigest() if beside else written.digest
-    latest = latest_report(journal, kind)
-    if latest is not None and latest["digest"] == known:
-        return
     names = [str(path.relative_to(here)) for path in (written.page, *written.figures, *beside)]
+    latest = latest_report(journal, kind)
+    if latest is not None and (latest["digest"], latest.get("files")) == (known, names):
+        return
     if records.location() != Folder(here).location():  # of a folder both are one
         for name in names:
             records.replace(name, (here / name).read_bytes(), sync=False)

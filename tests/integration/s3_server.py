@@ -13,7 +13,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "bucket"
-CARELESS = "careless"  # where conditions of puts are ignored, as by servers that are behind the times
+# Buckets where one condition of puts is ignored, as by servers that are behind the times.
+CARELESS = {"careless-create": "HTTP_IF_NONE_MATCH", "careless-append": "HTTP_IF_MATCH"}
 
 
 class OneByOne:
@@ -23,8 +24,8 @@ class OneByOne:
         self._app, self._lock = app, threading.Lock()
 
     def __call__(self, environ: Any, start_response: Any) -> Iterable[bytes]:
-        if environ["PATH_INFO"].startswith(f"/{CARELESS}/"):
-            environ.pop("HTTP_IF_NONE_MATCH", None)
+        if (ignored := CARELESS.get(environ["PATH_INFO"].split("/")[1])) is not None:
+            environ.pop(ignored, None)
         with self._lock:
             return list(self._app(environ, start_response))
 
@@ -50,7 +51,7 @@ def main() -> None:
     server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Silent)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
-    for bucket in (BUCKET, CARELESS):
+    for bucket in (BUCKET, *CARELESS):
         client(url).create_bucket(Bucket=bucket)
     sys.stdout.write(f"{url}\n")
     sys.stdout.flush()

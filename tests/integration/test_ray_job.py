@@ -10,6 +10,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -148,6 +150,18 @@ def test_a_client_without_the_token_is_refused(cluster: Cluster, tmp_path: Path)
     refused = cluster.ray("submit", "--", "touch", str(tmp_path / "done"), token="wrong")
     assert refused.returncode != 0 and not (tmp_path / "done").exists()
     assert "token" in refused.stdout
+
+
+def test_a_client_with_no_token_at_all_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """What any other program of the machine could send."""
+    job = json.dumps({"entrypoint": f"touch {tmp_path / 'done'}"}).encode()
+    url, header = f"http://127.0.0.1:{cluster.dashboard}/api/jobs/", {"Content-Type": "application/json"}
+    for request in (Request(url, job, header), Request(url)):
+        with pytest.raises(HTTPError) as refused:
+            urlopen(request, timeout=SECONDS)
+        assert refused.value.code == 401
+        refused.value.close()
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_store_that_goes_with_the_job_is_refused(cluster: Cluster) -> None:

@@ -137,6 +137,24 @@ def test_a_fenced_out_owner_knows_it_and_stops_renewing(
     assert not old.renew() and new.is_current()
 
 
+def test_an_owner_whose_number_another_has_now_leaves_it_alone(tmp_path: Path) -> None:
+    """Old generations are removed: by `held`, and with a finished stage by `pbkd store gc`."""
+    old = acquired(tmp_path)
+    old.storage.remove("000001.json")
+    new = acquired(tmp_path)
+    assert (new.generation, new.token != old.token) == (old.generation, True)
+    assert not old.renew() and new.is_current()
+    old.release()
+    assert new.is_current() and new.renew()
+
+
+def test_a_generation_emptied_by_a_power_cut_is_mended_by_its_living_owner(tmp_path: Path) -> None:
+    lease = acquired(tmp_path)
+    lease.storage.replace("000001.json", b"")
+    assert not lease.is_current()
+    assert lease.renew() and lease.is_current()
+
+
 def test_a_judgement_on_one_generation_does_not_free_the_next(tmp_path: Path) -> None:
     first = acquired(tmp_path)
     assert try_acquire(Folder(tmp_path), KEY, dead=first.generation) is not None

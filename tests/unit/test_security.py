@@ -1,8 +1,11 @@
 """Attacks on what pbkd reads: nothing is executed, and no name leads out of the store."""
 
 import json
+import logging
+import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,17 @@ import pytest
 from safetensors.torch import save_file
 
 from pbkd import artifact
+from pbkd.data.beton import BetonManifest, BetonSettings, manifest_path, read_manifest
 from pbkd.errors import UserError
 from pbkd.networks import fresh
 from pipelines.cli import main
 from pipelines.jobs import _load
+from pipelines.projection import log_report
+from pipelines.ray_executor import _token
 from pipelines.recipe import load_recipe
+from pipelines.run import _made_report
 from pipelines.store import Store
+from pipelines.tracking import _report_digest
 from tests.unit.small_networks import small_resnet, small_vgg
 from tests.unit.test_store import KEY, lease_of, manifest_of
 
@@ -166,3 +174,96 @@ def test_weights_are_read_as_safetensors_whatever_they_are_called(tmp_path: Path
         artifact.read_tensors(Path("/etc/passwd"))
     save_file({}, tmp_path / "empty.safetensors")
     assert artifact.read_tensors(tmp_path / "empty.safetensors") == {}
+
+
+@pytest.mark.parametrize("name", ["../../victim", "a/../../../victim", "{victim}", "..", "", 3, None])
+def test_a_journal_that_names_files_elsewhere_has_none_of_them_read_or_written(
+    name: object,
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`store replay`, `ui` and `run` copy a report to a folder, and from there to MLflow."""
+    victim, sent = tmp_path / "one" / "victim", store.root / "victim"
+    for path, content in ((victim, "mine"), (sent, "the attacker's")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    (tmp_path / "one" / "two").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "one" / "two"))
+    record = {
+        "type": "report",
+        "digest": "0",
+        "summary": "",
+        "files": [name.format(victim=sent) if isinstance(name, str) else name],
+    }
+    store.pipeline("aabbcc")
+    store.journal("aabbcc").append(record)
+    client: Any = None  # it is never asked
+    with caplog.at_level(logging.WARNING):
+        assert not log_report(client, "run", store.records("aabbcc"), record)
+    assert "pbkd report makes the report anew" in caplog.text
+    assert _made_report(store, "aabbcc") is None and _report_digest(store.records("aabbcc"), "report") is None
+    assert victim.read_text() == "mine" and sent.read_text() == "the attacker's"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["https://user:hunter2@mlflow.example.org", "https://hunter2@example.org", "mysql://me:hunter2@db/x"],
+)
+def test_a_secret_in_the_address_of_mlflow_is_refused_and_not_repeated(
+    uri: str, store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    here = ["--store", str(store.root)]
+    for command in (
+        ["run", str(tmp_path / "recipe.yaml"), f"tracking.uri={uri}", *here],
+        ["store", "replay", "--uri", uri, *here],
+        ["ui", "--uri", uri, *here],
+    ):
+        assert main(command) == 2
+        out, err = capfd.readouterr()
+        assert "MLFLOW_TRACKING_PASSWORD in the environment" in err and len(err.splitlines()) <= 3
+        assert "hunter2" not in out + err
+    assert not list(store.root.glob("pipelines/*"))
+
+
+def test_a_token_that_others_may_know_or_have_chosen_is_refused(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = _token(store)
+    assert token == _token(store) and len(token.read_text()) == 64 and token.stat().st_mode & 0o777 == 0o600
+    for mode in (0o640, 0o604, 0o602):
+        token.chmod(mode)
+        with pytest.raises(UserError, match=rf"(?s)ray-token.*found mode {mode:04o}.*remove it"):
+            _token(store)
+    token.chmod(0o600)
+    elsewhere = token.rename(store.root / "elsewhere")
+    token.symlink_to(elsewhere)
+    with pytest.raises(UserError, match="must be your own file"):
+        _token(store)
+    token.unlink()
+    assert _token(store).read_text() != elsewhere.read_text()
+    other = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: other)
+    with pytest.raises(UserError, match="must be your own file"):
+        _token(store)
+
+
+@pytest.mark.parametrize("name", ["../outside.jpeg", "/etc/passwd", "train/../../outside.jpeg", ".."])
+def test_a_beton_manifest_names_no_image_outside_of_the_data_set_though_its_seal_fits(
+    name: str, tmp_path: Path
+) -> None:
+    sound = BetonManifest(
+        name="folder", split="train", bytes=1, sha256="", tables="", samples=1, classes=1, class_names=("a",),
+        settings=BetonSettings(), shape=None, source_digest="", broken=("train/a/..jpeg",),
+    )  # fmt: skip
+    beton = tmp_path / "train.beton"
+    for manifest in (sound.sealed(), sound.model_copy(update={"broken": (name,)}).sealed()):
+        assert manifest.is_sealed
+        manifest_path(beton).write_text(manifest.model_dump_json())
+        if manifest.broken == sound.broken:
+            assert read_manifest(beton).broken == sound.broken
+            continue
+        with pytest.raises(UserError, match="not below the data set's root"):
+            read_manifest(beton)

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from pbkd import artifact
+from pbkd.engine import Checkpoints, State
 from pbkd.networks import fresh
 from pipelines import store_check
 from pipelines.cli import main
 from pipelines.lease import Owner, try_acquire
 from pipelines.store import Input, Store
 from pipelines.store_check import check, remove, unused
+from pipelines.tracking import read_ids
 from tests.unit.small_networks import small_resnet
 from tests.unit.test_store import KEY, OTHER, lease_of, manifest_of
 
@@ -99,8 +101,44 @@ def test_every_kind_of_damage_is_named(store: Store) -> None:
     assert "not a pbkd architecture spec" in found[f"artifacts/{artifact_of(store, KEY).name}"]
     assert "not a manifest" in found[f"manifests/{UNKNOWN}.json"]
     assert "1 of 5 lines are torn, the first is line 5" in found["pipelines/aabbcc/journal.jsonl"]
+    assert set(found) == {
+        f"artifacts/{made.name}",
+        f"artifacts/{artifact_of(store, KEY).name}",
+        f"manifests/{UNKNOWN}.json",
+        "pipelines/aabbcc/journal.jsonl",
+    }
     Path(store.manifest_location(OTHER)).unlink()
     assert "is not in the store" in damage(store)[f"manifests/{KEY}.json"]
+
+
+def test_damage_to_what_is_made_anew_is_named_and_stops_nothing(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    timed = {"median_ms": 1.5, "iqr_ms": 0.1, "repeats": 30}
+    store.add_latencies(KEY, "machine", {"latency_ms": timed})
+    (latency,) = (store.root / "latency").iterdir()
+    searched = store.search("search") / "journal.jsonl"
+    searched.write_text('{"type": "search"}\n')
+    ids = store.pipeline("aabbcc") / "tracking.json"
+    ids.write_text("{}")
+    store.search("another")
+    Checkpoints(store.work(UNFINISHED)).save(State(7, {}, {}, []))
+    (checkpoint,) = (store.root / "work" / UNFINISHED).glob("step-000000007-*")
+    assert damage(store, full=True) == {}
+
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1])
+    searched.write_text('{"type": "search"}\n{"type"\n')
+    for torn in ("", "[]", '{"latencies": 3}', '{"latencies": {"latency_ms": {}}}'):
+        latency.write_text(torn)
+        ids.write_text(torn[:2])
+        expected = {str(path.relative_to(store.root)) for path in (latency, searched, ids)}
+        assert set(damage(store)) == expected
+        assert set(damage(store, full=True)) == {*expected, str(checkpoint.relative_to(store.root))}
+        assert store.latencies(KEY, "machine") == {} and read_ids(store, "aabbcc") == {}
+        assert f"{latency}: is damaged" in caplog.text and f"{ids}: is damaged" in caplog.text
+        caplog.clear()
+    store.add_latencies(KEY, "machine", {"latency_ms": timed})
+    assert store.latencies(KEY, "machine") == {"latency_ms": timed}
 
 
 def test_a_dropped_stage_leaves_its_artifact_to_others_that_have_it(
@@ -138,9 +176,9 @@ def test_what_nothing_refers_to_goes_and_the_rest_stays(store: Store) -> None:
     before = {path for path in store.root.rglob("*") if path.is_file() and "leases" not in path.parts}
     expected = litter(store)
     assert set(unused(store)) == expected
-    for name in unused(store):
-        remove(store, name)
-    assert unused(store) == []
+    for name, lease in unused(store).items():
+        assert remove(store, name, lease)
+    assert unused(store) == {}
     assert not any((store.root / name).exists() for name in expected)
     assert {path for path in before if not path.exists()} == set()
     assert damage(store, full=True) == {} and not list((store.root / "scratch").iterdir())
@@ -187,6 +225,39 @@ def test_an_artifact_made_once_more_is_young_again(store: Store, tmp_path: Path)
     folder = store.scratch()
     store.add_artifact(folder, place.name)
     assert f"artifacts/{place.name}" not in unused(store)
+
+
+def test_what_has_come_into_use_since_it_was_listed_stays(store: Store) -> None:
+    expected = litter(store)
+    listed = unused(store)
+    folder = store.scratch()
+    store.add_artifact(folder, UNKNOWN)
+    assert try_acquire(store.storage, UNKNOWN) is not None
+    removed = {name for name, lease in listed.items() if remove(store, name, lease)}
+    assert expected - removed == {f"artifacts/{UNKNOWN}", f"work/{UNKNOWN}"}
+    assert (store.root / "artifacts" / UNKNOWN).is_dir() and store.work(UNKNOWN).names()
+
+
+def test_what_another_run_publishes_again_while_it_is_dropped_keeps_its_artifact(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, manifest = artifact_of(store, KEY), store.manifest(KEY)
+    assert manifest is not None
+    age(place)
+    again = try_acquire(store.storage, KEY)
+    assert again is not None
+    remove_manifest = store.storage.remove
+
+    def remove_then_republish(name: str) -> None:
+        remove_manifest(name)
+        if name == f"manifests/{KEY}.json":
+            store.add_artifact(store.scratch(), place.name)  # its manifest comes when all is looked through
+
+    monkeypatch.setattr(store.storage, "remove", remove_then_republish)
+    store.drop([KEY])
+    assert place.is_dir()
+    store.publish(manifest, again)
+    assert damage(store, full=True) == {}
 
 
 def test_a_dead_lease_is_explained(store: Store) -> None:
