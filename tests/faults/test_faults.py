@@ -132,34 +132,45 @@ def test_clocks_that_jump_by_days_take_nobodys_stage_away(expected: dict[str, An
     assert digests(reports[0]) == digests(reports[1]) == digests(expected)
 
 
-def test_in_mlflow_a_stage_that_was_finished_before_the_kill_has_one_run_that_never_changed(
-    tmp_path: Path,
-) -> None:
-    with_database(tmp_path)
-    some = [SMALL, LOCAL, "--until", "stabilized", "--store", tmp_path]
-    with pbkd("run", *some) as command:
-        until(lambda: len(list(tmp_path.glob("manifests/*.json"))) > 1, "two finished stages")
-        command.signal(signal.SIGKILL)
+KILLED_BEFORE_THE_SECOND_RECORD = """
+import os, signal
+
+def change(module):
+    record_end = module.Driver._record_end
+    recorded = []
+    def killed(driver, node):
+        if recorded:
+            os.kill(os.getpid(), signal.SIGKILL)
+        recorded.append(node)
+        record_end(driver, node)
+    module.Driver._record_end = killed
+
+when_imported("pipelines.driver", change)
+"""
+
+
+def test_killed_between_a_stages_end_and_its_record_mlflow_has_both_stages_once(tmp_path: Path) -> None:
+    with_database(tmp_path / "store")
+    store = Store(tmp_path / "store")
+    some = [SMALL, LOCAL, "--until", "stabilized", "--store", store.root]
+    with pbkd("run", *some, **injected(KILLED_BEFORE_THE_SECOND_RECORD, tmp_path / "code")) as command:
+        assert command.wait()[0] == -signal.SIGKILL
         until(lambda: not command.processes("spawn_main"), "the end of its processes")
-    store = Store(tmp_path)
-    for pipeline_id in store.pipelines():
-        store.journal(pipeline_id).append(
-            {"type": "ended", "status": "stopped"}
-        )  # what the next run begins with
+    (pipeline_id,) = store.pipelines()
+    journal = store.journal(pipeline_id)
+    (recorded,) = (record["key"] for record in journal.read()[0] if record["type"] == "finished")
+    finished = set(store.keys())
+    assert {recorded} < finished, "the end of one of them is not in the journal"
+    journal.append({"type": "ended", "status": "stopped"})  # what the next run begins with
     replay(default_uri(store), store)
     before = runs_of(store)
-    finished = store.keys()
-    assert len(finished) > 1 and all(len(before[key]) == 1 for key in finished if key in before)
+    assert [key for key, (one,) in before.items() if one["status"] == "FINISHED"] == [recorded]
     report = run(*some)
     after = runs_of(store)
-    assert {key: len(found) for key, found in after.items()} == dict.fromkeys(
-        (stage["key"] for stage in report["stages"]), 1
-    )
-    for key in finished:
-        if before.get(key, [{}])[0].get("status") == "FINISHED":
-            assert after[key] == before[key], key
-    reused = {stage["key"] for stage in report["stages"] if stage["state"] == "reused"}
-    assert set(finished) <= reused
+    assert set(after) == {stage["key"] for stage in report["stages"]}
+    assert [one["status"] for (one,) in after.values()] == ["FINISHED"] * len(after)
+    assert after[recorded] == before[recorded], "it never changed"
+    assert finished <= {stage["key"] for stage in report["stages"] if stage["state"] == "reused"}
 
 
 def runs_of(store: Store) -> dict[str, list[dict[str, Any]]]:
