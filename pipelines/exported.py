@@ -29,6 +29,10 @@ from pipelines.tracking import default_uri
 
 RECORD, CARD = "export.json", "README.md"
 BATCH = 100
+JOURNALED = (
+    *("stage", "stage_key", "path", "format", "fp16", "dynamic_batch", "bytes"),
+    *("max_abs_diff", "agreement", "images", "compared_on", "latency_ms", "threads"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,15 @@ class Provenance:
         manifest: of the stage that made it.
         teacher: of the stage that it is compared with; None: it is the teacher.
         rows: its lineage, as `pbkd lineage --json` has it.
-        recipe: the name of the latest recipe with this stage; None: the store has no record of one.
+        pipeline: the id of the latest pipeline with this stage; None: the store has no record of one.
+        recipe: the name of its recipe.
         data: what that recipe says of the data.
     """
 
     manifest: Manifest
     teacher: Manifest | None
     rows: list[dict[str, Any]]
+    pipeline: str | None
     recipe: str | None
     data: DataSettings | None
 
@@ -66,7 +72,7 @@ def export_artifact(
 ) -> dict[str, Any]:
     """Export what `reference` names to the folder `out`, in which there may be an earlier export.
 
-    Returns the facts that `export.json` holds.
+    Returns the facts that `export.json` holds; the journal of the network's pipeline gets the main ones.
 
     Raises:
         UserError: nothing fits `reference`, the data are not at hand, the folder is not an export's, or the
@@ -93,6 +99,8 @@ def export_artifact(
         shutil.rmtree(folder / "before", ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if origin.pipeline is not None and not store.is_write_protected:
+        store.journal(origin.pipeline).append({"type": "export"} | {name: facts[name] for name in JOURNALED})
     return facts
 
 
@@ -106,9 +114,10 @@ def _provenance(store: Store, reference: str, overrides: Sequence[str]) -> Prove
     key = next((given.key for given in manifest.inputs if given.role == "teacher"), None)
     pipeline_id = pipeline_of(store, manifest.key)
     if pipeline_id is None:
-        return Provenance(manifest, store.manifest(key) if key else None, rows, None, None)
+        return Provenance(manifest, store.manifest(key) if key else None, rows, None, None, None)
     recipe = load_recipe(store.recipe(pipeline_id), overrides).shrunk()
-    return Provenance(manifest, store.manifest(key) if key else None, rows, recipe.name, recipe.data)
+    teacher = store.manifest(key) if key else None
+    return Provenance(manifest, teacher, rows, pipeline_id, recipe.name, recipe.data)
 
 
 def _name(origin: Provenance, wishes: Wishes) -> str:

@@ -141,7 +141,8 @@ def _made_report(store: Store, identity: str) -> Path | None:
 
 
 def _ended_well(journal: Journal) -> bool:
-    """Whether the latest run ended, and well; reports may have been made since."""
+    """Whether the latest run ended, and well; reports and exports may have been made since."""
     records, _ = journal.read()
-    latest = next((record for record in reversed(records) if record.get("type") != "report"), {})
+    since = ("report", "export")
+    latest = next((record for record in reversed(records) if record.get("type") not in since), {})
     return latest.get("status") == "finished"

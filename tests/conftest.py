@@ -1,12 +1,13 @@
 """What holds for all tests: those that lack something of the machine are skipped, and the summary says why.
 
-`PBKD_REQUIRE=ffcv,slurm,browser,mount`, or some of these, makes failures of such skips.
+`PBKD_REQUIRE=ffcv,slurm,browser,mount,data`, or some of these, makes failures of such skips.
 """
 
 import os
 import shutil
 from collections.abc import Generator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ LACKS = {
     "slurm": "no Slurm could be started: ",
     "browser": "Chromium is not installed: make browser",
     "mount": "no file system can be mounted: ",
+    "data": "not below PBKD_DATA: ",
 }
 """How the reason for a skip begins, by what is lacking."""
 
@@ -40,6 +42,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if is_missing and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=LACKS[name]))
+    for item in items:
+        wanted = [str(name) for marker in item.iter_markers("data") for name in marker.args]
+        if absent := [name for name in wanted if not _is_there(name)]:
+            item.add_marker(pytest.mark.skip(reason=LACKS["data"] + ", ".join(absent)))
+
+
+def _is_there(name: str) -> bool:
+    root = os.environ.get("PBKD_DATA")
+    return root is not None and (Path(root) / name).exists()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -68,5 +79,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.getreports("skipped")
     for name in LACKS:
         if found := [report for report in skipped if name in found_lacking(report)]:
+            reasons = dict.fromkeys(reason_of(report) for report in found)
             terminalreporter.section(name.upper(), red=True)
-            terminalreporter.line(f"{len(found)} tests SKIPPED. {reason_of(found[0])}", red=True)
+            terminalreporter.line(f"{len(found)} tests SKIPPED. {'; '.join(reasons)}", red=True)

@@ -97,6 +97,7 @@ class PipelineFacts:
         reason: why that failed, if it is known.
         begun, ended: seconds since 1970 of its first run's begin and its latest run's end.
         stages: by name, in the order of the recipe.
+        exports: what the journal has of files that networks of it were written to, the latest of each path.
     """
 
     id: str
@@ -111,6 +112,7 @@ class PipelineFacts:
     begun: float
     ended: float | None
     stages: dict[str, StageFacts]
+    exports: tuple[Record, ...] = ()
 
     @property
     def finished(self) -> list[StageFacts]:
@@ -203,6 +205,7 @@ def gather(store: Store, pipeline_id: str) -> PipelineFacts:
         raise UserError(f"{place}: tells of no run; run the recipe again: pbkd run RECIPE")
     latest, this_run = records[begins[-1]], records[begins[-1] :]
     ends = [record for record in records if record.get("type") == "ended"]
+    exports = {record["path"]: record for record in records if record.get("type") == "export"}
     end = ends[-1] if any(record.get("type") == "ended" for record in this_run) else None
     return PipelineFacts(
         id=pipeline_id,
@@ -217,6 +220,7 @@ def gather(store: Store, pipeline_id: str) -> PipelineFacts:
         begun=records[begins[0]]["time"],
         ended=ends[-1]["time"] if ends else None,
         stages=_stages(store, records, this_run, is_over=end is not None),
+        exports=tuple(exports.values()),
     )
 
 

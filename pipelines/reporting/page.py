@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -139,7 +140,9 @@ def compose(facts: PipelineFacts, command: str | None = None) -> Report:
         costs=_table(facts, COSTS, with_time=True),
         fidelity=fidelity,
         qualities=_table(facts, QUALITIES),
+        exports=[_export(record) for record in facts.exports],
         shocks=[(drawing, _shock(group)) for drawing, group in zip(shocks, groups, strict=True)],
+        shock_missing=_shock_missing(facts, groups),
         errors=errors,
         losses=losses,
         curves=[
@@ -311,6 +314,31 @@ def _shock(group: Sequence[Shock]) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _shock_missing(facts: PipelineFacts, groups: Sequence[Sequence[Shock]]) -> str:
+    """What the section on gradient shock lacks, and what would bring it; empty if it has both sides."""
+    if any(not shock.stabilized for group in groups for shock in group):
+        return ""
+    if groups:
+        origin = groups[0][0].origin
+        return (
+            "Recorded with stabilization alone. To see what it is worth, train without it too: "
+            f"by a stage with from: {origin} and shock: true, as compare_digits.yaml has one."
+        )
+    stages: Mapping[str, Mapping[str, object]] = facts.recipe.get("stages") or {}
+    if asked := [name for name, settings in stages.items() if settings.get("shock")]:
+        return f"Not recorded yet: {', '.join(asked)} will, once begun."
+    return "Not recorded: no stage of the recipe has shock: true, such as one of kind distill."
+
+
+def _export(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of the table of exported files."""
+    form = record["format"] + (", fp16" if record["fp16"] else "")
+    latency = record["latency_ms"] or {}
+    times = (f"{latency[by]:.2f}" if by in latency else NOTHING for by in ("file", "pytorch"))
+    parity = (f"{record['max_abs_diff']:.1e}", f"{record['agreement']:.2f}", record["compared_on"])
+    return (record["stage"], form, f"{record['bytes'] / 1e6:.2f}", *times, *parity, record["path"])
 
 
 def _lineage(facts: PipelineFacts, stage: StageFacts) -> Mapping[str, str]:

@@ -44,6 +44,21 @@ def test_every_stage_is_to_be_seen_on_any_screen(demo: Demo, look: Look, width: 
     seen.keep(f"report-{'phone' if width == PHONE else 'desktop'}-{'dark' if dark else 'light'}")
 
 
+def test_gradient_shock_of_the_distilled_stage_is_shown(demo: Demo, look: Look) -> None:
+    page = look(demo.report.as_uri()).page
+    page.get_by_role("link", name="Gradient shock").click()
+    shock = page.locator("#shock")
+    expect(shock.get_by_role("heading", name="Gradient shock")).to_be_in_viewport()
+    expect(shock.locator("svg").filter(visible=True)).to_have_count(1)
+    titles = [title.strip() for title in shock.locator("th").all_text_contents()]
+    (row,) = shock.locator("tbody tr").all()
+    said = dict(zip(titles, row.locator("td").all_text_contents(), strict=True))
+    assert (said["stage"], said["before it"]) == ("distilled", "with stabilization (4 steps)")
+    assert float(said["largest norm"]) >= float(said["first-step norm"]) > 0
+    assert 0 < float(said["smallest CKA"]) <= float(said["final CKA"]) <= 1
+    expect(shock.get_by_text("Recorded with stabilization alone.", exact=False)).to_be_visible()
+
+
 def brightness(colour: str) -> int:
     """Of `rgb(1, 2, 3)`."""
     return sum(int(part) for part in colour.strip("rgb()").split(","))

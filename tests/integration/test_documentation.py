@@ -2,10 +2,14 @@
 
 A document is worked through from top to bottom in a folder of its own, with the recipes and a store in
 which the demo was run in small. Python blocks run as one program. Of commands, `RUN` are run as they are,
-with what `SHORTENED` adds to keep them short; `PLANNED` are planned, with all their arguments; the rest is
-in `ELSEWHERE`, where pbkd's own have their arguments read. What is in none of them fails.
+with what `SHORTENED` adds to keep them short, and what is printed below them is compared, as far as it lasts;
+`PLANNED` are planned, with all their arguments; the rest is in `ELSEWHERE`, where pbkd's own and the
+benchmarks have their arguments read. What is in none of them fails. Of commands within a sentence the
+arguments are read, too.
 """
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -13,7 +17,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ import typer
 import yaml
 
 from pipelines.cli import _add_registered, app, main
-from tests.integration.document_blocks import DOCUMENTS, ROOT, Block, blocks_of
+from tests.integration.document_blocks import DOCUMENTS, ROOT, Block, blocks_of, commands_within
 
 DIGITS = "pipelines/recipes/digits.yaml"
 WALK = ROOT / "docs" / "guides" / "walk.md"
@@ -120,8 +125,8 @@ def test_every_block_does_what_it_says(
         if block.file is not None:
             (sandbox / block.file).write_text(block.text)
         elif block.language == "console":
-            for command in block.commands():
-                _typed(command, block, capsys)
+            for command, printed in block.transcript():
+                _typed(command, printed, block, capsys)
         elif block.language == "yaml":
             _check_recipe(block, sandbox)
         elif block.language == "json" and JSON_WITH_GAPS not in block.text:
@@ -131,19 +136,18 @@ def test_every_block_does_what_it_says(
             assert not block.commands(), f"{block.place}: commands belong into a console block"
 
 
-def _typed(command: str, block: Block, capsys: pytest.CaptureFixture[str]) -> None:
-    """Type a command of a document, or plan it, or find the reason not to."""
+def _typed(command: str, printed: list[str], block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    """Type a command of a document and compare what it prints, or plan it, or find the reason not to."""
     words = [_meant(word) for word in shlex.split(command)]
     if words[0].startswith(".venv/bin/"):
         words[0] = words[0].removeprefix(".venv/bin/")
         command = command.removeprefix(".venv/bin/")
     if words[0] == "make":
-        targets = {word for word in words[1:] if "=" not in word}
-        assert targets <= _targets(), f"{block.place}: the Makefile has no {targets}"
+        _arguments_are_known(words)
         return
     if any(command.startswith(known) for known in [*ELSEWHERE, *CLUSTERS]):
-        if words[0] == "pbkd":
-            _parse(words[1:])
+        if words[0] == "pbkd" or words[:2] == ["python", "-m"]:
+            _arguments_are_known(words)
         return
     assert command.startswith(RUN), f"{block.place}: '{command}' is neither run nor listed; see ELSEWHERE"
     words = [word for word in words[1:] if word not in WITHOUT]
@@ -156,15 +160,69 @@ def _typed(command: str, block: Block, capsys: pytest.CaptureFixture[str]) -> No
     out, err = capsys.readouterr()
     assert code == 0, f"{block.place}: '{command}' ended with {code}: {err[-2000:]}"
     assert out.strip(), f"{block.place}: '{command}' says nothing"
+    said = [lasting for line in out.splitlines() if (lasting := _lasting(words[0], line))]
+    shown = [lasting for line in printed if (lasting := _lasting(words[0], line))]
+    assert not shown or shown == said, f"{block.place}: '{command}' prints something else"
+
+
+def _lasting(command: str, line: str) -> list[str]:
+    """What of a line that `command` printed does not depend on weights, places and times; [] if nothing."""
+    words = line.split()
+    if command == "init":
+        return words
+    if command == "plan":
+        return words[:-1]  # but the key
+    costs = next((number for number, word in enumerate(words) if re.fullmatch(r"\d+\.\d\dx", word)), None)
+    return words[: costs + 3] if command == "run" and costs is not None else []  # but accuracies and times
+
+
+def _arguments_are_known(words: list[str]) -> None:
+    """Read the arguments of a command, unless it is only named; raises if there is no such thing."""
+    program, *arguments = words
+    if program == "make":
+        targets = {word for word in arguments if "=" not in word}
+        assert targets <= _targets(), f"the Makefile has no {targets - _targets()}"
+    elif program == "pbkd":
+        _parse(arguments)
+    else:
+        _parse_of_module(*arguments[1:])
 
 
 def _parse(words: list[str]) -> None:
-    """Read a command's arguments, as it would be run; raises if it has no such option."""
+    """Read a command's arguments, as it would be run, if there are any."""
     _add_registered()
     command: Any = typer.main.get_command(app)
-    while hasattr(command, "get_command"):
+    named, words = list(words), list(words)
+    while hasattr(command, "get_command") and words:
         command = command.get_command(None, words.pop(0))
-    command.make_context("pbkd", words)
+        assert command is not None, f"there is no command 'pbkd {' '.join(named)}'"
+    if words:
+        command.make_context("pbkd", words)
+
+
+class Parsed(Exception):  # noqa: N818  # not an error
+    """The arguments were read; nothing is to be run."""
+
+
+def _parse_of_module(name: str, *arguments: str) -> None:
+    """Read the arguments of a program of ours, if there are any, and go no further."""
+    module = importlib.import_module(name)
+    if not arguments:
+        return
+
+    def stopping(method: str) -> Callable[..., None]:
+        parse = getattr(argparse.ArgumentParser, method)
+
+        def parse_and_stop(parser: argparse.ArgumentParser) -> None:
+            raise Parsed(parse(parser, list(arguments)))
+
+        return parse_and_stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        for method in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, method, stopping(method))
+        with pytest.raises(Parsed):
+            module.main()
 
 
 def _targets() -> set[str]:
@@ -206,13 +264,42 @@ def test_a_command_that_nobody_listed_is_noticed(sandbox: Path, capsys: pytest.C
         block = Block("console", None, f"$ {command}   # a comment\noutput\n", "here:1")
         assert block.commands() == [command]
         with pytest.raises(AssertionError, match="neither run nor listed"):
-            _typed(command, block, capsys)
+            _typed(command, [], block, capsys)
+    here = Block("console", None, "", "here:1")
     with pytest.raises(AssertionError, match="ended with 2"):
-        _typed("pbkd plan nowhere.yaml", Block("console", None, "", "here:1"), capsys)
+        _typed("pbkd plan nowhere.yaml", [], here, capsys)
     with pytest.raises(typer.TyperException, match="--noodes"):
-        _typed("pbkd slurm run RECIPE --noodes 2", Block("console", None, "", "here:1"), capsys)
+        _typed("pbkd slurm run RECIPE --noodes 2", [], here, capsys)
     with pytest.raises(AssertionError, match="the Makefile has no"):
-        _typed("make nonsense", Block("console", None, "", "here:1"), capsys)
+        _typed("make nonsense", [], here, capsys)
+    said = ["teacher  train  pending  5.22 k 1.000x  97.4 k 1.000x 0123456"]
+    with pytest.raises(AssertionError, match="prints something else"):
+        _typed(f"pbkd plan {DIGITS}", said, here, capsys)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_within_sentences_exist_and_have_the_options_named(document: Path) -> None:
+    for command in commands_within(document):
+        with suppress(typer.BadParameter):  # a sentence may leave arguments out
+            _arguments_are_known(shlex.split(command))
+
+
+def test_a_command_within_a_sentence_that_does_not_exist_is_noticed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text.md"
+    path.write_text("```console\n$ make test\n```\nType `HERE=1 pbkd frobnicate\nnow`, or `make nothing`.\n")
+    assert commands_within(path) == ["pbkd frobnicate now", "make nothing"]
+    for words in (["pbkd", "frobnicate"], ["make", "nothing"]):
+        with pytest.raises(AssertionError, match=f"no .*{words[1]}"):
+            _arguments_are_known(words)
+    with pytest.raises(typer.TyperException, match="--opne"):
+        _arguments_are_known(["pbkd", "report", "--opne"])
+    with pytest.raises(ModuleNotFoundError):
+        _arguments_are_known(["python", "-m", "benchmarks.nothing"])
+    with pytest.raises(SystemExit):
+        _arguments_are_known(["python", "-m", "benchmarks.report_times", "--rouns", "3"])
+    assert "--rouns" in capsys.readouterr().err
 
 
 def test_nothing_is_listed_that_no_document_says() -> None:

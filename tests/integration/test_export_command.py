@@ -89,6 +89,12 @@ def test_the_student_leaves_with_its_parity_and_its_card(
     assert load_file(out / "model.safetensors")["classifier.fc1.weight"].dtype.itemsize == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    # The pipeline's report lists what lies there now.
+    code, page, _ = pbkd(capsys, "report", "--store", store)
+    html = Path(page.strip()).read_text()
+    assert code == 0 and html.count("model.safetensors") == 1
+    assert "<td class=\"text\">safetensors, fp16</td>" in html
+
 
 @pytest.fixture
 def server(store: Path, stages: dict[str, Any], tmp_path: Path) -> Iterator[tuple[Path, str]]:

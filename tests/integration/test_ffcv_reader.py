@@ -143,8 +143,7 @@ def test_small_images_are_the_same_bits_by_both_readers(small, augment: str):
             assert equal(*(batches(data, **options) for data in (torch_reader, ffcv_reader)))
 
 
-@pytest.mark.data
-@pytest.mark.skipif("PBKD_DATA" not in os.environ, reason="PBKD_DATA does not name a folder with CIFAR-10")
+@pytest.mark.data("cifar-10-batches-py")
 def test_cifar10_is_the_same_bits_by_both_readers(tmp_path: Path):
     cifar = DataSettings(name="cifar10", root=Path(os.environ["PBKD_DATA"]), beton=tmp_path)
     prepare(cifar, tmp_path, BetonSettings(), workers=2)

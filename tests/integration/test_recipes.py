@@ -1,7 +1,6 @@
 """The recipes as they are shipped: each can be planned, and its smoke form runs from beginning to end."""
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -140,24 +139,18 @@ def test_the_imagenet_recipe_runs_on_a_folder_of_images_with_given_weights(tmp_p
     ]
 
 
-@pytest.mark.data
-@pytest.mark.skipif("PBKD_DATA" not in os.environ, reason="PBKD_DATA does not name a folder of data sets")
-@pytest.mark.parametrize("name", ["cifar10_resnet56", "cifar10_vgg16", "cifar100_vgg16"])
-def test_a_cifar_recipe_runs_in_small_on_the_real_data(name: str, tmp_path: Path) -> None:
-    folder = "cifar-100-python" if name.startswith("cifar100") else "cifar-10-batches-py"
-    if not (Path(os.environ["PBKD_DATA"]) / folder).is_dir():
-        pytest.skip(f"PBKD_DATA has no {folder}")
+CIFAR10 = pytest.mark.data("cifar-10-batches-py")
+REAL = [
+    pytest.param("cifar10_resnet56", marks=[CIFAR10, pytest.mark.data("cifar10-resnet56.safetensors")]),
+    pytest.param("cifar10_vgg16", marks=CIFAR10),
+    pytest.param("cifar100_vgg16", marks=pytest.mark.data("cifar-100-python")),
+    pytest.param("imagenette_resnet18", marks=pytest.mark.data("imagenette")),
+]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_recipe_runs_in_small_on_the_real_data(name: str, tmp_path: Path) -> None:
     report = run(_recipe(name), "smoke=true", "compute.executor=local", "--store", with_database(tmp_path))
-    assert set(states(report).values()) == {"ran"}
-
-
-@pytest.mark.data
-@pytest.mark.skipif("PBKD_DATA" not in os.environ, reason="PBKD_DATA does not name a folder of data sets")
-def test_the_imagenette_recipe_runs_in_small_on_the_real_photographs(tmp_path: Path) -> None:
-    if not (Path(os.environ["PBKD_DATA"]) / "imagenette").is_dir():
-        pytest.skip("PBKD_DATA has no imagenette")
-    small = ("smoke=true", "compute.executor=local")
-    report = run(_recipe("imagenette_resnet18"), *small, "--store", with_database(tmp_path))
     assert set(states(report).values()) == {"ran"}
 
 

@@ -204,8 +204,7 @@ def test_a_raw_beton_has_the_bytes_it_always_had(tmp_path: Path):
     assert found == "9fffdcaf3081038c284d90a3baa0f5021a4ffa53a9b1424d5e8caf7e683e3bcc"
 
 
-@pytest.mark.data
-@pytest.mark.skipif("PBKD_DATA" not in os.environ, reason="PBKD_DATA does not name a folder with CIFAR-10")
+@pytest.mark.data("cifar-10-batches-py")
 def test_cifar_is_written_in_the_order_of_its_arrays(out: Path):
     data = DataSettings(name="cifar10", root=Path(os.environ["PBKD_DATA"]))
     train, test = prepare(data, out, RAW_PIXELS, workers=2)

@@ -200,8 +200,7 @@ def test_missing_or_damaged_cifar_says_what_was_looked_for_and_the_cure(name: st
         open_data(DataSettings(name=name))
 
 
-@pytest.mark.data
-@pytest.mark.skipif("PBKD_DATA" not in os.environ, reason="PBKD_DATA does not name a folder with CIFAR-10")
+@pytest.mark.data("cifar-10-batches-py")
 def test_cifar10_has_its_sizes_and_statistics():
     data = open_data(DataSettings(name="cifar10", root=Path(os.environ["PBKD_DATA"])))
     assert data.sizes == {"train": 45000, "val": 5000, "test": 10000}

@@ -204,6 +204,18 @@ def test_stages_with_and_without_stabilization_are_drawn_together(store: Store, 
         assert page.text.count(label) == 2, "in the legends for wide screens and for phones"
     for cell in ("8.000", "0.5000", "0.7500"):  # of the table: norms, and least and final CKA
         assert f"\n{cell}\n" in page.text
+    assert "Recorded with stabilization alone" not in page.text
+
+
+def test_of_gradient_shock_what_was_not_recorded_is_said_with_what_would_bring_it(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    begin(store)
+    assert "Not recorded: no stage of the recipe has shock: true" in compose(gather(store, PIPELINE)).html
+    begin(store, recipe={"stages": {"two_stage": {"kind": "distill", "shock": True}}})
+    assert "Not recorded yet: two_stage will, once begun." in compose(gather(store, PIPELINE)).html
+    for name in ("teacher", "blocks.1", "stabilized", "two_stage"):
+        finish(store, name)
+    assert "by a stage with from: blocks.1 and shock: true" in compose(gather(store, PIPELINE)).html
 
 
 def test_the_student_is_compared_with_the_teacher(store: Store) -> None:
@@ -218,6 +230,27 @@ def test_values_that_were_not_measured_are_missing_and_what_is_there_shows(store
     names = ("latency_ms_batch32", "latency_ms_compiled", "nll", "agreement", "memory_peak_mb")
     assert [teacher.value(name) for name in names] == [20.0, None, None, None, None]
     assert f"<td>{NOTHING}</td>" in html and "compiled" not in html
+
+
+def test_exported_files_are_listed_with_their_parity_and_latency(tmp_path: Path, html: str) -> None:
+    assert "Exported files" not in html
+    store = Store(tmp_path / "runs")
+    begin(store)
+    finish(store, "teacher")
+    facts: dict[str, Any] = {"stage": "teacher", "stage_key": digest("key", "teacher"), "bytes": 1_234_567}
+    facts |= {"max_abs_diff": 2e-6, "agreement": 99.5, "images": 100, "compared_on": "test images"}
+    facts |= {"path": "/e/model.onnx", "format": "onnx", "fp16": False, "dynamic_batch": True, "threads": 2}
+    for latency in ({"file": 9.0, "pytorch": 9.0}, {"file": 0.31, "pytorch": 1.72}):
+        journal_of(store).append({"type": "export", **facts, "latency_ms": latency})
+    other = facts | {"path": "/e/model.safetensors", "format": "safetensors", "fp16": True}
+    journal_of(store).append({"type": "export", **other, "latency_ms": None})
+    cells = Page(compose(gather(store, PIPELINE)).html).text.partition("Exported files")[2].split("\n")
+    said = [cell for cell in cells if cell]
+    row = ["teacher", "onnx", "1.23", "0.31", "1.72", "2.0e-06", "99.50", "test images", "/e/model.onnx"]
+    first = said.index("teacher")
+    assert said[first : first + 9] == row
+    assert said[first + 9 : first + 14] == ["teacher", "safetensors, fp16", "1.23", NOTHING, NOTHING]
+    assert said.count("/e/model.onnx") == 1, "another export to the same folder replaces the first"
 
 
 def test_what_the_user_named_is_text_never_markup(tmp_path: Path) -> None:

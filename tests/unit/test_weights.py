@@ -122,14 +122,11 @@ def test_weights_that_do_not_fit_are_named_with_both_shapes() -> None:
         load_weights(network, tensors | {"layer9": torch.zeros(1)}, "w")
 
 
-@pytest.mark.data
+@pytest.mark.data("cifar-10-batches-py", "cifar10-resnet20.safetensors")
 def test_public_resnet20_keeps_its_accuracy() -> None:
-    if not (root := os.environ.get("PBKD_DATA")):
-        pytest.skip("PBKD_DATA is not set")
-    weights = Path(root) / "cifar10-resnet20.safetensors"
-    if not weights.is_file():
-        pytest.skip(f"no {weights.name} below PBKD_DATA")
-    data = open_data(DataSettings(name="cifar10", root=Path(root), limit=1000))
+    root = Path(os.environ["PBKD_DATA"])
+    weights = root / "cifar10-resnet20.safetensors"
+    data = open_data(DataSettings(name="cifar10", root=root, limit=1000))
     network = empty(architecture(NetworkSettings(arch="resnet20"), data.info.input_shape, 10))
     load_weights(network, load_file(weights), weights.name)
     assert evaluate(network, data.reader("test", 500)).top1 == pytest.approx(90.6, abs=0.2)
