@@ -34,8 +34,8 @@ OPSET = 18
 """Of ONNX: what the exporter writes itself, without converting; ONNX Runtime runs it since 1.14 (2023)."""
 
 INPUT, OUTPUT = "images", "logits"
-TOLERANCE = {False: 1e-5, True: 5e-3}
-"""What logits may differ by, in fp32 and fp16, as a share of the largest, or of 10 if that is more."""
+TOLERANCE = {False: 1e-4, True: 5e-3}
+"""What logits may differ by, in fp32 and fp16, as a share of `Parity.spread`."""
 
 MULTIPLY_ACCUMULATES = 100e9
 FEWEST, MOST = 16, 1000
@@ -47,14 +47,14 @@ class Parity:
 
     Attributes:
         max_abs_diff: the largest difference of a logit.
-        max_abs_logit: the largest logit of the network.
+        spread: how far apart the largest and the smallest logit of an image are, at most.
         agreement: percent of images for which both say the same class.
         tolerance: what `max_abs_diff` may be.
     """
 
     images: int
     max_abs_diff: float
-    max_abs_logit: float
+    spread: float
     agreement: float
     tolerance: float
 
@@ -116,7 +116,7 @@ def compare(
     Raises:
         StageError: they differ by more than `TOLERANCE` allows, or are not numbers.
     """
-    count, agreeing, difference, largest = 0, 0, 0.0, 0.0
+    count, agreeing, difference, spread = 0, 0, 0.0, 0.0
     with evaluating(network):
         for batch in images:
             expected = network(batch)
@@ -124,7 +124,7 @@ def compare(
             found = torch.cat([exported(part) for part in parts])
             # A maximum would pass NaN over where it is compared with a number.
             difference = max(difference, float((found - expected).abs().nan_to_num(nan=torch.inf).max()))
-            largest = max(largest, float(expected.abs().max()))
+            spread = max(spread, float((expected.amax(1) - expected.amin(1)).max()))
             agreeing += int((found.argmax(1) == expected.argmax(1)).sum())
             count += len(batch)
     if not count:
@@ -132,9 +132,9 @@ def compare(
     parity = Parity(
         images=count,
         max_abs_diff=difference,
-        max_abs_logit=largest,
+        spread=spread,
         agreement=100 * agreeing / count,
-        tolerance=TOLERANCE[fp16] * max(10.0, largest),
+        tolerance=TOLERANCE[fp16] * spread,
     )
     if difference > parity.tolerance:
         cure = "; half precision is too coarse for it: export without fp16" if fp16 else ""
@@ -201,24 +201,35 @@ def _fold(network: BlockNetwork) -> None:
 
 def _fold_traced(part: fx.GraphModule) -> None:
     """Merge every BatchNorm of a traced part into the convolution before it, if both are called once."""
-    nodes = [node for node in part.graph.nodes if node.op == "call_module"]
+    nodes = [node for node in part.graph.nodes if node.op == "call_module" and node.all_input_nodes]
     calls = Counter(node.target for node in nodes)
     for node in nodes:
         before = node.all_input_nodes[0]
         if before.op != "call_module" or len(before.users) > 1:
             continue
         layer, norm = part.get_submodule(before.target), part.get_submodule(node.target)
+        # Of subclasses nothing is known but their name: one may standardize its weight, or pad.
         if (
-            isinstance(layer, nn.Conv2d)
-            and isinstance(norm, nn.BatchNorm2d)
-            and norm.track_running_stats
+            type(layer) is nn.Conv2d
+            and (behind := _behind_norm(norm)) is not None
             and calls[node.target] == calls[before.target] == 1
         ):
+            assert isinstance(norm, nn.BatchNorm2d)
             part.set_submodule(before.target, fuse_conv_bn_eval(layer, norm))
-            node.replace_all_uses_with(before)
-            part.graph.erase_node(node)
-    part.delete_all_unused_submodules()
+            part.set_submodule(node.target, behind)
     part.recompile()
+
+
+def _behind_norm(norm: nn.Module) -> nn.Module | None:
+    """What the forward of a BatchNorm does behind normalizing; None: it is none that can be folded."""
+    if not isinstance(norm, nn.BatchNorm2d) or not norm.track_running_stats:
+        return None
+    if type(norm) is nn.BatchNorm2d:
+        return nn.Identity()
+    kind = f"{type(norm).__module__}.{type(norm).__qualname__}"
+    if kind == "timm.layers.norm_act.BatchNormAct2d":
+        return nn.Sequential(norm.drop, norm.act)  # type: ignore[arg-type]  # modules, timm's
+    return None
 
 
 def _write_onnx(

@@ -99,18 +99,25 @@ def test_every_format_gives_the_network_back(form: Format, dynamic: bool, fp16: 
     assert found(images[:1]).dtype == torch.float32
 
 
-def test_batch_norm_is_folded_into_traced_convolutions(tmp_path: Path) -> None:
-    network = settled(spec_of("torchvision/resnet18", 64))
+TRACED = (
+    "torchvision/resnet18",
+    "timm/regnetx_002",  # norms that activate
+    "timm/gernet_s",
+    "timm/mobilenetv3_small_050",
+    "timm/test_efficientnet",
+    "torchvision/squeezenet1_1",
+)
+
+
+@pytest.mark.parametrize("arch", TRACED)
+def test_batch_norm_is_folded_into_traced_convolutions(arch: str, tmp_path: Path) -> None:
+    network = settled(spec_of(arch, 64))
     export(network, tmp_path / "model.pt2", "pt2")
     program = torch.export.load(tmp_path / "model.pt2")
     assert "batch_norm" not in str(program.graph)
-    compare(
-        network,
-        open_exported(tmp_path / "model.pt2", "pt2"),
-        [real_images(network, 2)],
-        one_by_one=True,
-        fp16=False,
-    )
+    exported = open_exported(tmp_path / "model.pt2", "pt2")
+    parity = compare(network, exported, [real_images(network, 4)], one_by_one=True, fp16=False)
+    assert parity.agreement == 100 and parity.spread > 0
 
 
 def test_safetensors_carry_their_architecture(tmp_path: Path) -> None:
@@ -120,6 +127,45 @@ def test_safetensors_carry_their_architecture(tmp_path: Path) -> None:
         assert json.loads(file.metadata()["pbkd.spec"]) == network.spec.model_dump(mode="json")
         assert set(file.keys()) == set(network.state_dict())
         assert file.get_tensor("classifier.fc1.weight").dtype == torch.float16
+
+
+class Standardized(nn.Conv2d):
+    """Its weights have mean 0 and variance 1: a scale in them would be lost."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.flatten(1)
+        weight = (weight - weight.mean(1, keepdim=True)) / (weight.std(1, keepdim=True) + 1e-5)
+        return nn.functional.conv2d(x, weight.view_as(self.weight), self.bias, self.stride, self.padding)
+
+
+class Shifted(nn.BatchNorm2d):
+    """More than its base class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Unusual(nn.Module):
+    """Layers that are not what their base classes are."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(Standardized(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), Shifted(8), nn.ReLU())
+        self.classify = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(self.second(self.first(x)).mean((2, 3)))
+
+
+def test_what_only_derives_from_a_layer_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PBKD_ALLOW_IMPORT", "1")
+    network = settled(architecture(settings_of("tests.unit.test_export:Unusual"), (1, 8, 8), 10))
+    export(network, tmp_path / "model.pt2", "pt2", dynamic_batch=True)
+    exported = open_exported(tmp_path / "model.pt2", "pt2")
+    compare(network, exported, [real_images(network)], one_by_one=False, fp16=False)
 
 
 class Bessel(nn.Module):
@@ -147,13 +193,18 @@ def test_what_onnx_cannot_express_is_named(tmp_path: Path, monkeypatch: pytest.M
     export(network, tmp_path / "model.pt2", "pt2")
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
 @pytest.mark.parametrize("wrong", [0.01, float("nan")])
-def test_a_file_that_computes_something_else_is_refused(wrong: float) -> None:
+def test_a_file_that_computes_something_else_is_refused(wrong: float, scale: float) -> None:
+    """However small the logits are: their order is what counts."""
     network = settled(small_resnet())
+    classify = network.classifier.get_submodule("fc1")
+    for parameter in classify.parameters():
+        parameter.mul_(scale)
 
     class Other(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return network(x) + wrong
+            return network(x) + wrong * scale
 
     with pytest.raises(StageError, match="does not compute what the network does"):
         compare(network, Other(), [real_images(network)], one_by_one=False, fp16=False)
