@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from pbkd.errors import UserError
 from pbkd.measure import Cost, count, measure_latency
@@ -17,6 +17,7 @@ from pbkd.networks import (
     BlockSpec,
     TracedSpec,
     architecture,
+    build_block,
     cost_of,
     fresh,
     on_meta,
@@ -28,6 +29,7 @@ from pbkd.networks.zoo import CIFAR_DEPTHS
 from pbkd.students import (
     StudentSettings,
     narrow_block,
+    narrowed_copy,
     receptive_field,
     student_block,
     traced_receptive_field,
@@ -139,7 +141,7 @@ def inspect_network(
     blocks = [_block(spec, network, index, inputs[index]) for index in range(len(network.blocks))]
     for index, part in enumerate(blocks):
         for width in widths:
-            part.students[width] = _student_cost(spec, index, width, inputs[index])
+            part.students[width] = _student_cost(network, index, width, inputs[index])
     image = torch.empty(1, *spec.input_shape, device="meta")
     stem = Part("stem", _shape(network.stem(image)), None, count(network.stem, spec.input_shape))
     cost = count(network.classifier, _shape(inputs[-1]))
@@ -174,21 +176,23 @@ def _block(spec: AnySpec, network: BlockNetwork, index: int, x: Tensor) -> Part:
         name, seen = f"block {index + 1}", [receptive_field(given)]
     else:
         name = given.end
-        seen = list(traced_receptive_field(cast(fx.GraphModule, block), x) or ())
+        seen = list(traced_receptive_field(block, x) or ())
     size = max((field.size for field in seen), default=None)
     return Part(name, _shape(block(x)), size, count(block, _shape(x)))
 
 
-def _student_cost(spec: AnySpec, index: int, width: float, x: Tensor) -> Cost | str:
+def _student_cost(network: BlockNetwork, index: int, width: float, x: Tensor) -> Cost | str:
     """That of the student block alone, or why there is none."""
+    spec = network.spec
     try:
         if isinstance(spec, TracedSpec):
-            student: AnySpec = spec.with_block(index, narrow_block(spec, index, width))
+            student = narrowed_copy(network.blocks[index], narrow_block(spec, index, width))
         else:
-            student = spec.with_block(index, student_block(spec.blocks[index], StudentSettings(width=width)))
+            with torch.device("meta"):
+                student = build_block(student_block(spec.blocks[index], StudentSettings(width=width)))
     except UserError as error:
         return str(error)
-    return count(on_meta(student).blocks[index], _shape(x))
+    return count(student, _shape(x))
 
 
 def _measure(found: Inspection, shapes: Sequence[tuple[int, ...]]) -> None:

@@ -8,7 +8,8 @@ from pbkd.students.initialize import (
     initialize_least_squares,
 )
 from pbkd.students.narrow import narrow_block, narrowable_blocks, narrowed_copy, solve, start_narrowed
-from pbkd.students.receptive_field import ReceptiveField, receptive_field, traced_receptive_field
+from pbkd.students.receptive_field import ReceptiveField, receptive_field
+from pbkd.students.traced_field import traced_receptive_field
 
 __all__ = [
     "Init",
