@@ -8,6 +8,8 @@ import importlib
 import inspect
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -87,8 +89,10 @@ def build_module(
             given |= {"name": name, "weights": None}
     try:
         module = build(**(given | dict(arguments)))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"network {arch}: its builder fails: {_first_line(error)}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a user's builder, or a library's given arguments, may raise anything
+        raise UserError(f"network {arch}: its builder fails: {_raised(error)}") from error
     if not isinstance(module, nn.Module):
         raise UserError(f"network {arch}: gives a {type(module).__name__}, expected a torch.nn.Module")
     return module
@@ -110,6 +114,13 @@ def pretrained_name(arch: str) -> str:
         if configuration is not None and configuration.has_weights:
             return f"timm/{configuration.architecture}.{configuration.tag}"
     raise UserError(f"pretrained: {arch} comes without weights of its own; give weights: FILE.safetensors")
+
+
+def pretrained_arguments(arch: str) -> dict[str, Scalar]:
+    """What the library builds `arch` with if it comes with the library's own weights, and not else."""
+    if arch in ("torchvision/googlenet", "torchvision/inception_v3"):
+        return {"transform_input": True, "init_weights": False}
+    return {}
 
 
 def pretrained_tensors(arch: str) -> dict[str, Tensor]:
@@ -148,8 +159,13 @@ def _check_known(library: str, name: str) -> None:
             "package.module:function"
         )
     names = known_names(library)
-    if name.partition(".")[0] in names:  # timm writes NAME.WEIGHTS
+    if name in names:
         return
+    base = name.partition(".")[0]
+    if library == "timm" and base in names:  # timm writes NAME.WEIGHTS
+        names = list(_timm().list_pretrained(f"{base}.*"))
+        if name in names:
+            return
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean '{library}/{near[0]}'?" if near else ""
     raise UserError(f"network.arch: {library} has no network '{name}'{hint}")
@@ -174,11 +190,10 @@ def _imported(arch: str) -> ModuleType:
         sys.path.append(here)
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"network {arch}: {module} cannot be imported ({_first_line(error)}); it is looked for here and "
-            "on PYTHONPATH"
-        ) from error
+    except Exception as error:  # the module is the user's, and may raise anything
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        cure = "\nit is looked for here and on PYTHONPATH" if is_missing else ""
+        raise UserError(f"network {arch}: {module} cannot be imported: {_raised(error)}{cure}") from error
 
 
 def _torchvision_models() -> Any:
@@ -196,3 +211,21 @@ def _timm() -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _raised(error: Exception) -> str:
+    """What the user's code raised, and at which of its lines."""
+    said = f"{type(error).__name__}: {_first_line(error)}"
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {said}"
+    paths = sysconfig.get_paths()
+    others = (
+        paths["stdlib"],
+        paths["purelib"],
+        paths["platlib"],
+        f"{Path(__file__).parents[1]}{os.sep}",
+        "<",
+    )
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(others)]
+    return f"{own[-1].filename}, line {own[-1].lineno}: {said}" if own else said

@@ -97,7 +97,7 @@ def all_groups(spec: TracedSpec) -> tuple[ChannelGroup, ...]:
     network = on_meta(spec).eval()
     x = torch.empty(1, *spec.input_shape, device="meta")
     names = {name: original_name(name) for name in network.state_dict()}
-    interface = _Interface(None, None, _linear_of(network.classifier[-1]))
+    interface = _Interface(None, None, _layer_of(network.classifier[-1]))
     return _usable(network, x, interface, names, f"network {spec.arch}: it")
 
 
@@ -181,8 +181,8 @@ def _end(spec: TracedSpec, index: int | None) -> str:
     )
 
 
-def _linear_of(last: nn.Module) -> nn.Linear:
-    (layer,) = (module for module in last.modules() if isinstance(module, nn.Linear))
+def _layer_of(last: nn.Module) -> nn.Conv2d | nn.Linear:
+    (layer,) = (module for module in last.modules() if isinstance(module, nn.Conv2d | nn.Linear))
     return layer
 
 
@@ -195,7 +195,7 @@ class _Interface:
 
     entry: nn.Conv2d | None
     exit: nn.Conv2d | None
-    logits: nn.Linear | None
+    logits: nn.Conv2d | nn.Linear | None
 
     @classmethod
     def of(cls, part: nn.Module, x: Tensor, last: nn.Module | None) -> _Interface:
@@ -204,7 +204,7 @@ class _Interface:
             outputs = part(x)
         entry = nn.Conv2d(x.shape[1], x.shape[1], 1, bias=False, device="meta")
         if last is not None:
-            return cls(entry, None, _linear_of(last))
+            return cls(entry, None, _layer_of(last))
         return cls(entry, nn.Conv2d(outputs.shape[1], outputs.shape[1], 1, device="meta"), None)
 
 

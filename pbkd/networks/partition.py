@@ -15,7 +15,7 @@ from pbkd.errors import UserError
 from pbkd.networks.builders import ForeignSettings
 from pbkd.networks.cuts import automatic_cuts, cut_name, named_cuts
 from pbkd.networks.spec import TracedPart, TracedSpec
-from pbkd.networks.trace import Reference, Trace, last_linear, trace
+from pbkd.networks.trace import Reference, Trace, last_layer, result_of, trace
 
 _traced = lru_cache(maxsize=64)(trace)
 
@@ -91,7 +91,8 @@ def parts_of(spec: TracedSpec, original: nn.Module) -> tuple[nn.Module, list[nn.
     """Stem, blocks and classifier made of the modules of `original`, which are narrowed in place.
 
     Tensors that are narrower than in the original keep its leading entries. The classifier's last child is
-    the linear layer that gives the logits. Tensors have their names in the original, behind the part's.
+    the layer that gives the logits, with what follows it. Tensors have their names in the original, behind
+    the part's.
 
     Raises:
         UserError: see `trace`; or the spec was cut by another version of the library.
@@ -188,8 +189,8 @@ def unnarrowed(spec: TracedSpec) -> TracedSpec:
 
 
 def _graphs(traced: Trace, spec: TracedSpec) -> list[fx.Graph | None]:
-    """Of the stem (None: there is none), the blocks, the classifier's head and its last linear layer."""
-    last = last_linear(traced.module, traced.graph)
+    """Of the stem (None: there is none), the blocks, the classifier's head and its last layer."""
+    last = last_layer(traced.module, traced.graph)
     assert last is not None, "checked when it was traced"
     ends = [traced.places.get(part.end) for part in parts_in(spec)[:-1]]
     if any(end not in traced.points for end in ends):
@@ -200,7 +201,7 @@ def _graphs(traced: Trace, spec: TracedSpec) -> list[fx.Graph | None]:
     graphs: list[fx.Graph | None] = [] if spec.stem is not None else [None]
     before: fx.Node | None = None
     penultimate = last.all_input_nodes[0]
-    for end in [*ends, penultimate, last]:
+    for end in [*ends, penultimate, result_of(traced.graph)]:
         assert end is not None
         graphs.append(_segment(traced, before, end))
         before = end

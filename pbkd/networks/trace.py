@@ -25,6 +25,11 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 }
 _ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _ADAPTIVE_FUNCTIONS = (nn.functional.adaptive_avg_pool2d, nn.functional.adaptive_max_pool2d)
+_BEHIND_LOGITS = (
+    "ReLU", "AvgPool2d", "AdaptiveAvgPool2d", "Dropout", "Flatten",
+    "relu", "avg_pool2d", "adaptive_avg_pool2d", "dropout", "flatten", "mean", "squeeze",
+)  # fmt: skip
+"""What may follow a convolution that gives the logits."""
 Shape = tuple[int, ...]
 
 
@@ -59,7 +64,9 @@ class Reference:
         try:
             with torch.device("meta"):
                 return self.build()
-        except (RuntimeError, NotImplementedError):  # a builder that computes with numbers
+        except UserError as error:  # perhaps a builder that computes with numbers
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
             return self.build().to("meta")
 
 
@@ -248,13 +255,13 @@ def _shapes(module: nn.Module, graph: fx.Graph, reference: Reference) -> dict[fx
 def _check_classifier(
     module: nn.Module, graph: fx.Graph, shapes: Mapping[fx.Node, Shape], reference: Reference
 ) -> None:
-    last = last_linear(module, graph)
+    last = last_layer(module, graph)
     if last is None:
         raise UserError(
-            f"network {reference.arch}: is no classifier that ends in a linear layer, but in "
-            f"'{place_of(_result(graph))}'; wrap it in a module that ends in one"
+            f"network {reference.arch}: is no classifier that ends in a linear layer or a 1x1 convolution, "
+            f"but in '{place_of(result_of(graph))}'; only logits will do, without softmax"
         )
-    found = shapes[_result(graph)]
+    found = shapes[result_of(graph)]
     if found != (1, reference.num_classes):
         raise UserError(
             f"network {reference.arch}: gives logits of shape {found[1:]}, but the data have "
@@ -262,14 +269,27 @@ def _check_classifier(
         )
 
 
-def last_linear(module: nn.Module, graph: fx.Graph) -> fx.Node | None:
-    """The linear layer whose output is the logits, if that is what `graph` ends in."""
-    node = _result(graph)
-    is_linear = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), nn.Linear)
-    return node if is_linear else None
+def last_layer(module: nn.Module, graph: fx.Graph) -> fx.Node | None:
+    """The layer that gives the logits: linear, or a 1x1 convolution before what pools and flattens."""
+
+    def layer_of(node: fx.Node) -> nn.Module | None:
+        return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def name_of(node: fx.Node) -> str:
+        layer = layer_of(node)
+        return str(getattr(node.target, "__name__", node.target)) if layer is None else type(layer).__name__
+
+    node = result_of(graph)
+    if isinstance(layer_of(node), nn.Linear):
+        return node
+    while name_of(node) in _BEHIND_LOGITS and len(node.all_input_nodes) == 1:
+        (node,) = node.all_input_nodes
+    layer = layer_of(node)
+    return node if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) else None
 
 
-def _result(graph: fx.Graph) -> fx.Node:
+def result_of(graph: fx.Graph) -> fx.Node:
+    """The node that gives the logits."""
     (output,) = (node for node in graph.nodes if node.op == "output")
     result = output.args[0]
     assert isinstance(result, fx.Node)
@@ -308,7 +328,11 @@ def _features(
     last = max(spatial, default=-1)
     features: list[fx.Node] = []
     size: Shape = shapes[nodes[0]][2:]
+    logits = last_layer(module, graph)
+    assert logits is not None, "checked before"
     for point in points:
+        if nodes.index(point) >= nodes.index(logits):
+            break
         is_map = len(shapes[point]) == 4
         if nodes.index(point) > last and (not is_map or _pools(module, point, size, shapes[point][2:])):
             break

@@ -124,6 +124,9 @@ _RESNET_NAMES = (
     (r"^(?:linear|fc)\.", "classifier.fc1."),
 )
 
+_DENSENET_NAMES = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)")
+"""torchvision's published DenseNets are from when a module's name might have a dot: `norm.1` for `norm1`."""
+
 
 def _own_names(network: BlockNetwork, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     given = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
@@ -146,6 +149,7 @@ def _partitioned_names(
     own = network.state_dict().keys()
     if own <= given.keys():
         return given
+    given = {_DENSENET_NAMES.sub(r"\1\2", name): tensor for name, tensor in given.items()}
     table = {original_name(name): name for name in own}
     unused = traced_of(spec).module.state_dict().keys() - table.keys()
     return {table.get(name, name): tensor for name, tensor in given.items() if name not in unused}

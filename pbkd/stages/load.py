@@ -19,7 +19,7 @@ from pbkd.networks import (
     architecture,
     load_weights,
 )
-from pbkd.networks.builders import pretrained_name, pretrained_tensors
+from pbkd.networks.builders import pretrained_arguments, pretrained_name, pretrained_tensors
 from pbkd.networks.weights import empty
 from pbkd.stages.base import Context, Role, Stage
 
@@ -52,8 +52,11 @@ class Load(Stage):
         """The weights file counts by its content, not by its path; so does the user's own code."""
         settings = super().semantic()
         del settings["pretrained"]
-        if isinstance(self.network, ForeignSettings) and (code := self.network.code_digest()) is not None:
-            settings["code"] = code
+        network = self._network()
+        if isinstance(network, ForeignSettings):
+            settings["network"]["arguments"] = network.arguments
+            if (code := network.code_digest()) is not None:
+                settings["code"] = code
         return settings | {"weights": self._identity()}
 
     def _identity(self) -> str:
@@ -68,9 +71,18 @@ class Load(Stage):
                 f"for example stages.teacher.weights=FILE"
             ) from error
 
+    def _network(self) -> AnyNetworkSettings:
+        """With the arguments that its pretrained weights need."""
+        network = self.network
+        if not self.pretrained or not isinstance(network, ForeignSettings):
+            return network
+        return network.model_copy(
+            update={"arguments": pretrained_arguments(network.arch) | network.arguments}
+        )
+
     def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
         """The named architecture."""
-        return architecture(self.network, info.input_shape, info.num_classes)
+        return architecture(self._network(), info.input_shape, info.num_classes)
 
     def run(self, context: Context) -> BlockNetwork:
         """Load, nothing else."""

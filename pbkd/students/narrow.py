@@ -258,7 +258,7 @@ def _chains(module: fx.GraphModule) -> list[_Chain]:
         if not _is_plain(layer):
             continue
         norm = _sole_user(node)
-        if norm is not None and type(_module_of(module, norm)) is not nn.BatchNorm2d:
+        if norm is not None and not _is_solvable(_module_of(module, norm)):
             norm = None
         total = _sole_user(norm or node)
         if total is not None and not _is_sum(total):
@@ -278,6 +278,11 @@ def _is_plain(layer: nn.Module | None) -> bool:
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
     )
+
+
+def _is_solvable(norm: nn.Module | None) -> bool:
+    """Whether it is a BatchNorm with gains and statistics, and computes nothing but that."""
+    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats
 
 
 def _module_of(module: nn.Module, node: fx.Node) -> nn.Module | None:

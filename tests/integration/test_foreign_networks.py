@@ -10,22 +10,31 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from pbkd import artifact
 from pbkd.data import Data, DataSettings, open_data
 from pbkd.engine import LocalSession, Precision
 from pbkd.errors import UserError
 from pbkd.networks import AnySpec, BlockNetwork, TracedSpec, architecture, fresh, on_meta, settings_of
-from pbkd.networks.channels import original_tensors
+from pbkd.networks.channels import inner_groups, original_tensors
 from pbkd.networks.partition import is_exact
+from pbkd.networks.spec import TracedPart
 from pbkd.stages import Block, Context, Prune, run_stage
 from pbkd.stages.base import Stage
-from pbkd.students import narrow_block, narrowable_blocks, traced_receptive_field
+from pbkd.students import (
+    Init,
+    narrow_block,
+    narrowable_blocks,
+    narrowed_copy,
+    start_narrowed,
+    traced_receptive_field,
+)
 
 SIZE, CLASSES = 64, 3
 
 # architecture -> the init of the student block and of pruning that is tried on it
-SUPPORTED = {
+SUPPORTED: dict[str, Init] = {
     # plain
     "timm/repvgg_a0": "inherit",
     # residual
@@ -53,12 +62,13 @@ SUPPORTED = {
     "timm/densenet121": "inherit",
     "timm/ese_vovnet19b_slim": "inherit",
     "timm/ghostnet_050": "inherit",
+    # that end in a 1x1 convolution
+    "torchvision/squeezenet1_1": "least_squares",
+    "timm/resnetv2_50": "inherit",
 }
 
 # architecture -> why it cannot be divided into blocks
 UNSUPPORTED = {
-    "torchvision/squeezenet1_1": "is no classifier that ends in a linear layer, but in 'flatten'",
-    "timm/dla46_c": "is no classifier that ends in a linear layer, but in 'flatten'",
     "torchvision/vit_b_16": "fails at",  # made for images of 224x224
     "timm/vit_tiny_patch16_224": "fails at",
     "timm/test_vit": "VisionTransformer.forward cannot be traced",
@@ -121,6 +131,39 @@ def outcome(stage: Stage, network: BlockNetwork, data: Data, folder: Path) -> Bl
     return result.network
 
 
+def check_training(
+    trained: BlockNetwork, network: BlockNetwork, index: int, init: Init, data: Data, folder: Path
+) -> None:
+    """One step has moved the student block from where `init` began, and nothing else."""
+    session = LocalSession(folder, torch.device("cpu"), 0, 1, 60.0)
+    images = Context(session, {}, data, 0, Precision()).images(12)
+    teacher, part = network.blocks[index], trained.spec.blocks[index]
+    assert isinstance(part, TracedPart) and isinstance(network.spec, TracedSpec)
+    groups = inner_groups(network.spec, index)
+    with torch.no_grad():
+        given = network.prefix(index)(images)
+        wanted = teacher(given)
+
+    def started(init: Init) -> tuple[nn.Module, float]:
+        student = narrowed_copy(teacher, part)
+        start_narrowed(student, teacher, groups, init, lambda: (given, given), 0)
+        with torch.no_grad():
+            return student, float((student.eval()(given) - wanted).square().mean())
+
+    student, error = started(init)
+    if init == "least_squares":
+        assert error < 0.9 * started("inherit")[1]
+    own = dict(trained.blocks[index].named_parameters())
+    begun = dict(student.named_parameters())
+    moved = [name for name in own if not torch.equal(own[name], begun[name])]
+    assert len(moved) > len(own) / 2
+    before, after = network.state_dict(), trained.state_dict()
+    assert before.keys() == after.keys()
+    for name in before:
+        if not name.startswith(f"blocks.{index}."):
+            assert torch.equal(before[name], after[name]), name
+
+
 @pytest.mark.parametrize("arch", SUPPORTED)
 def test_a_network_is_divided_narrowed_trained_pruned_and_loaded_elsewhere(
     arch: str, data: Data, elsewhere: subprocess.Popen[str], tmp_path: Path
@@ -138,7 +181,8 @@ def test_a_network_is_divided_narrowed_trained_pruned_and_loaded_elsewhere(
         given = meta.prefix(number - 1)(x)
         teacher_block, student_block = meta.blocks[number - 1], student.blocks[number - 1]
         assert student_block(given).shape == teacher_block(given).shape
-        assert traced_receptive_field(student_block, given) == traced_receptive_field(teacher_block, given)
+        field = traced_receptive_field(teacher_block, given)
+        assert field is not None and traced_receptive_field(student_block, given) == field
         assert sum(p.numel() for p in student_block.parameters()) < sum(
             p.numel() for p in teacher_block.parameters()
         )
@@ -148,7 +192,8 @@ def test_a_network_is_divided_narrowed_trained_pruned_and_loaded_elsewhere(
     block = Block.model_validate(
         {"kind": "block", "block": possible[0], "init": init, "init_images": 12, "steps": 1}
     )
-    outcome(block, network, data, tmp_path / "block")
+    trained = outcome(block, network, data, tmp_path / "block")
+    check_training(trained, network, possible[0] - 1, init, data, tmp_path / "started")
 
     settings = {"ratio": 0.3, "round_to": 1, "init": init, "init_images": 12, "recalibrate_images": 4}
     pruned = outcome(Prune.model_validate({"kind": "prune", **settings}), network, data, tmp_path / "prune")

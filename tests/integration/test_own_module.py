@@ -100,7 +100,20 @@ def seven():
 
 def nothing(num_classes):
     return None
+
+def forgetful(num_classes):
+    widths = {"early": 8}
+    return Net(widths["late"])
+
+def mismatched(num_classes):
+    nn.Linear(3, 4)(torch.ones(2, 5))
+    return Net(num_classes)
 """
+BROKEN = {
+    "unclosed": "def small(num_classes:\n    return None\n",
+    "needy": "import torch\nimport nowhere_to_be_found\n",
+    "raising": "\n\nraise RuntimeError('not today')\n",
+}
 
 RECIPE = """
 name: own
@@ -121,6 +134,8 @@ stages:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "own_net.py").write_text(MODULE)
+    for name, text in BROKEN.items():
+        (tmp_path / f"{name}.py").write_text(text)
     (tmp_path / "own.yaml").write_text(RECIPE)
     return tmp_path
 
@@ -184,14 +199,28 @@ MISTAKES = {
     "own_net:two": "Two.forward takes 2 inputs (x, y)",
     "own_net:pair": "gives 1 tensors in a tuple",
     "own_net:shared": "run in more than one block",
-    "own_net:unfinished": "is no classifier that ends in a linear layer, but in 'softmax'",
+    "own_net:unfinished": "ends in a linear layer or a 1x1 convolution, but in 'softmax'",
     "own_net:seven": "gives logits of shape (7,), but the data have 10 classes",
     "own_net:nothing": "gives a NoneType, expected a torch.nn.Module",
     "own_net:smal": "its module has no function 'smal'",
-    "own_nett:small": "own_nett cannot be imported",
+    "own_net:forgetful": "own_net.py, line LINE: KeyError: 'late'",
+    "own_net:mismatched": "own_net.py, line LINE: RuntimeError: ",
+    "own_nett:small": "own_nett cannot be imported: ModuleNotFoundError",
+    "unclosed:small": "unclosed.py, line 1: SyntaxError: '(' was never closed",
+    "needy:small": "needy.py, line 2: ModuleNotFoundError: No module named 'nowhere_to_be_found'",
+    "raising:small": "raising.py, line 3: RuntimeError: not today",
     "own_net:fixed": "works with no other number of channels than it has",
+    "timm/resnet18.a1_in1": "timm has no network 'resnet18.a1_in1'; did you mean 'timm/resnet18.a1_in1k'?",
+    "timm/resnet18.nonesuch": "timm has no network 'resnet18.nonesuch'",
     "torchvision/resnet19": "did you mean 'torchvision/resnet18'?",
     "torchvison/resnet18": "unknown library 'torchvison'",
+}
+LINES = {
+    f"own_net:{name}": str(1 + MODULE.splitlines().index(line))
+    for name, line in (
+        ("forgetful", '    return Net(widths["late"])'),
+        ("mismatched", "    nn.Linear(3, 4)(torch.ones(2, 5))"),
+    )
 }
 
 
@@ -207,6 +236,7 @@ def test_what_is_wrong_with_a_network_is_said_in_two_lines(
         code = main(["plan", "own.yaml", f"stages.teacher.network.arch={arch}"])
         out, err = capfd.readouterr()
         assert code == 2 and out == "", arch
+        words = words.replace("LINE", LINES.get(arch, ""))
         assert words in err and len(err.splitlines()) <= 2 and "Traceback" not in err, err
 
 
