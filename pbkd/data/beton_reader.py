@@ -81,6 +81,12 @@ class Beton:
         if found != {self.state}:
             raise self._changed("was changed or replaced since it was opened")
 
+    def require_samples(self, indices: Indices) -> None:
+        """Raise IndexError unless every index is that of a sample."""
+        outside = (indices < 0) | (indices >= len(self.labels))
+        if outside.any():
+            raise IndexError(f"{self.path}: sample {indices[outside][0]} of {len(self.labels)}")
+
     def broken(self, sample: int, what: str) -> UserError:
         """The error for a sample that cannot be used."""
         return UserError(
@@ -143,13 +149,15 @@ def read_beton(
     Reads a few batches ahead, with up to `threads` threads but no more than torch has, and gives them in
     order. What was started ends with the iteration, however it ends.
 
-    Raises UserError naming the file when an image is damaged, or the file was changed or replaced.
+    Raises UserError naming the file when an image is damaged, or the file was changed or replaced; IndexError
+    for an index of no sample, with which a kernel would read what is not its own.
     """
     kernels = _kernels()
     read_views = _read_photographs if source.is_folder else _read_small
 
     def read(indices: Indices, pixels: _Pixels) -> _Pixels:
         source.require_unchanged(file)
+        source.require_samples(indices)
         with _ONE_AT_A_TIME:
             states = read_views(kernels, source, file, views, indices, pixels)
         if states.any():

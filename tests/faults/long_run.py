@@ -15,3 +15,8 @@ def has_checkpoint(store: Path) -> bool:
 def leases(store: Path) -> list[dict[str, Any]]:
     """What the files of all leases say."""
     return [json.loads(path.read_text()) for path in store.glob("leases/*/[0-9]*.json")]
+
+
+def newest(store: Path) -> str:
+    """Of the checkpoints; those of the last steps are taken away with the finished stage's work."""
+    return max((path.name for path in store.glob("work/*/step-*")), default="")

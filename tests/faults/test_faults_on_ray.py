@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.injected import injected
-from tests.faults.long_run import LONG, RAY, has_checkpoint
+from tests.faults.long_run import LONG, RAY, has_checkpoint, newest
 from tests.integration.pbkd_process import SMALL, digests, pbkd, until, with_database
 
 WORKER = "ray::RayTrainWorker"
@@ -41,8 +41,3 @@ def test_workers_that_hang_or_are_suspended_are_replaced(expected: dict[str, Any
         report = command.succeed()
         assert second not in command.processes(WORKER)
     assert has_checkpoint(store) is False and digests(report) == digests(expected)
-
-
-def newest(store: Path) -> str:
-    """Of the checkpoints; those of the last steps are taken away with the finished stage's work."""
-    return max((path.name for path in store.glob("work/*/step-*")), default="")

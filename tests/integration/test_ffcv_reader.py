@@ -3,11 +3,13 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -19,10 +21,12 @@ from torch import Tensor
 
 from pbkd.data import Data, DataSettings, open_data, resolve_loader
 from pbkd.data.beton import BetonManifest, BetonSettings, manifest_path
-from pbkd.data.beton_reader import Beton, open_beton
+from pbkd.data.beton_reader import Beton, open_beton, read_beton
 from pbkd.data.beton_samples import encoder
 from pbkd.data.beton_write import prepare, write_beton
 from pbkd.data.datasets import Arrays, divided
+from pbkd.data.memory import RecycledMemory
+from pbkd.data.pixels import Views
 from pbkd.errors import UserError
 from pipelines.graph import build_graph
 from pipelines.recipe import load_recipe
@@ -302,27 +306,64 @@ def test_content_that_still_decodes_is_found_by_its_hash(photographs: Path, tmp_
         open_data(opened, cache=tmp_path / "cache")
 
 
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[ProcessPoolExecutor]:
+    """A process that may crash; what was asked of it is an error then."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
 @pytest.mark.parametrize("how", ["cut", "emptied", "overwritten", "replaced", "removed"])
-def test_a_file_that_changes_while_it_is_read_is_an_error(photographs: Path, how: str, tmp_path: Path):
-    data = in_betons(photographs, tmp_path)
-    path = tmp_path / "train.beton"
+def test_a_file_that_changes_while_it_is_read_is_an_error(
+    photographs: Path, how: str, elsewhere: ProcessPoolExecutor, tmp_path: Path
+):
+    said, left = elsewhere.submit(read_what_changes, photographs, how, tmp_path).result(timeout=120)
+    assert re.search(r"train\.beton: (was changed or replaced|.*cannot be (found|read|decoded))", said[0])
+    assert re.search(r"train\.beton", said[1])
+    assert left == 0
+
+
+def read_what_changes(root: Path, how: str, folder: Path) -> tuple[list[str], int]:
+    """What is said by the iteration that is under way and by the next; what is left open."""
+    data = in_betons(root, folder)
+    path = folder / "train.beton"
     reader = data.reader("train", 4, **TRAIN)
     reading_on = iter(reader)
     next(reading_on)
     if how in ("cut", "emptied"):
         os.truncate(path, 0 if how == "emptied" else path.stat().st_size - 1000)
     elif how == "overwritten":
-        damaged(tmp_path, data, b"other")
+        damaged(folder, data, b"other")
     elif how == "replaced":
-        shutil.copy(path, tmp_path / "other")
-        (tmp_path / "other").replace(path)
+        shutil.copy(path, folder / "other")
+        (folder / "other").replace(path)
     else:
         path.unlink()
-    with pytest.raises(UserError, match=r"train\.beton: (was changed or replaced|cannot be found)"):
-        list(reading_on)
-    with pytest.raises(UserError, match=r"train\.beton"):
-        list(reader)
-    assert reading() == 0
+    said = []
+    for iteration in (reading_on, iter(reader)):
+        with pytest.raises(UserError) as caught:
+            list(iteration)
+        said.append(str(caught.value))
+    return said, reading()
+
+
+@pytest.mark.parametrize("index", [150, -1, 2**40])
+@pytest.mark.parametrize("are_photographs", [True, False])
+def test_an_index_of_no_sample_is_an_error(
+    index: int, are_photographs: bool, small, photographs: Path, elsewhere: ProcessPoolExecutor
+):
+    path = photographs / "beton" / "folder" / "train.beton" if are_photographs else small[1]["train"].path
+    said = elsewhere.submit(read_index, path, index).result(timeout=120)
+    assert said.startswith(f"{path}: sample {index} of ")
+
+
+def read_index(path: Path, index: int) -> str:
+    """What is said of an index."""
+    views = Views("none", 0, 0, 32, np.zeros(3, np.uint8))
+    batches = iter([np.array([0, index])])
+    with pytest.raises(IndexError) as caught:
+        list(read_beton(open_beton(path), views, 1, RecycledMemory(), batches))
+    return str(caught.value)
 
 
 def test_auto_takes_betons_of_these_data_only(tmp_path: Path):

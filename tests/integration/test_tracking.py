@@ -2,14 +2,10 @@
 
 import json
 import logging
-import os
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -25,6 +21,7 @@ from pipelines.lease import try_acquire
 from pipelines.reporting.write import leave_report
 from pipelines.store import Store
 from pipelines.tracking import POLL_SECONDS, Tracker, connect, database_uri, default_uri, read_ids, replay
+from tests.integration.mlflow_server import free_port, start_server, stop_server
 from tests.integration.recorded_pipeline import (
     PIPELINE,
     STAGES,
@@ -389,43 +386,6 @@ def test_an_unusable_mlflow_is_reported_once_and_stops_nothing(
     assert try_acquire(store.storage, keys()["teacher"]) is not None
     Tracker(default_uri(store), store, PIPELINE).project()
     assert len(runs_of(default_uri(store))) == 5
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'server.db'}",
-        "--artifacts-destination",
-        str(folder),
-    ]
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                return server
-        except OSError:
-            time.sleep(0.1)  # the server offers nothing to wait on
-    stop_server(server)
-    raise AssertionError((folder / "server.log").read_text())
-
-
-def stop_server(server: subprocess.Popen[bytes]) -> None:
-    """Kill the server and its worker, which are alone in the process group made for them."""
-    import signal
-
-    if server.poll() is None:
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
 
 
 @pytest.fixture

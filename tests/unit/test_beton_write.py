@@ -316,9 +316,10 @@ def test_labels_out_of_range_are_refused(label: int):
         checked_labels(np.array([0, label, 3]), 10)
 
 
-def test_labels_that_are_no_whole_numbers_are_refused():
-    with pytest.raises(UserError, match="labels are float64"):
-        checked_labels(np.array([3.7]), 10)
+@pytest.mark.parametrize(("labels", "kind"), [([3.7], "float64"), ([3, None], "object")])
+def test_labels_that_are_no_whole_numbers_are_refused(labels: list[float | None], kind: str):
+    with pytest.raises(UserError, match=f"labels are {kind}\nexpected whole numbers from 0 to 9"):
+        checked_labels(np.array(labels), 10)
 
 
 def _without_class(root: Path) -> None:
