@@ -57,10 +57,14 @@ def _curves() -> dict[str, Curves]:
         return result.network
 
     teacher = run("train", Train.model_validate({"network": NETWORK, **TRAINING}))
-    student = teacher
-    for block, init in ((1, "least_squares"), (2, "inherit"), (3, "kaiming")):
-        settings = {"block": block, "init": init, "init_images": 64, **TRAINING}
-        student = run(f"block_{init}", Block.model_validate(settings), from_=student, teacher=teacher)
+
+    def block(number: int, init: str, start: BlockNetwork) -> BlockNetwork:
+        settings = {"block": number, "init": init, "init_images": 64, **TRAINING}
+        return run(f"block_{init}", Block.model_validate(settings), from_=start, teacher=teacher)
+
+    student = block(1, "inherit", teacher)
+    block(2, "least_squares", student)  # nothing begins with it: a solution's last bits are the processor's
+    student = block(3, "kaiming", student)
     student = run("stabilize", Stabilize(epochs=3), from_=student, teacher=teacher)
     student = run("distill", Distill.model_validate(TRAINING), from_=student, teacher=teacher)
     student = run("prune", Prune(macs=0.7, round_to=2, recalibrate_images=64), from_=student, teacher=teacher)
@@ -71,9 +75,9 @@ def _curves() -> dict[str, Curves]:
     terms = {"alpha": 0.5, "attention_weight": 60, "distance_weight": 25, "angle_weight": 50}
     features = Distill.model_validate({**terms, **TRAINING})
     run("distill_features", features, from_=student, teacher=teacher)
-    apart = Block.model_validate({"block": 2, "input": "teacher", "init_images": 64, **TRAINING})
-    block = run("block_apart", apart, from_=teacher, teacher=teacher)
-    run("assemble", Assemble(), from_=teacher, teacher=teacher, **{"block.2": block})
+    settings = {"block": 2, "input": "teacher", "init": "inherit", **TRAINING}
+    apart = run("block_apart", Block.model_validate(settings), from_=teacher, teacher=teacher)
+    run("assemble", Assemble(), from_=teacher, teacher=teacher, **{"block.2": apart})
     sparse = run("sparse", Prune(sparsity=0.5, recalibrate_images=64), from_=teacher, teacher=teacher)
     run("ticket", Train.model_validate({"rewind": 4, **TRAINING}), from_=sparse, teacher=teacher)
     return found
