@@ -1,6 +1,7 @@
 """The recipes as they are shipped: each can be planned, and its smoke form runs from beginning to end."""
 
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pbkd.networks import NetworkSettings, architecture, fresh
+from pbkd.torchvision_compat import import_torchvision
 from pipelines.cli import main
 from tests.integration.pbkd_process import ROOT, digests, pbkd, run, states, with_database
 
@@ -152,6 +154,23 @@ REAL = [
 def test_a_recipe_runs_in_small_on_the_real_data(name: str, tmp_path: Path) -> None:
     report = run(_recipe(name), "smoke=true", "compute.executor=local", "--store", with_database(tmp_path))
     assert set(states(report).values()) == {"ran"}
+
+
+@pytest.mark.data("imagenette")
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_an_imagenet_recipe_runs_in_small_on_real_photographs(name: str, tmp_path: Path) -> None:
+    """With weights from a state_dict file, as without a connection; random, and for these ten classes."""
+    network = getattr(import_torchvision().models, name)(num_classes=10)
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    given = [f"data.root={os.environ['PBKD_DATA']}/imagenette", "data.num_classes=10", "data.image_size=64"]
+    given += ["stages.teacher.pretrained=false", f"stages.teacher.weights={tmp_path / 'weights.pt'}"]
+    report = run(
+        _recipe(f"imagenet_{name}"),
+        *("smoke=true", "compute.executor=local", *given, "--store", with_database(tmp_path / "runs")),
+    )
+    blocks = [f"blocks.{number}" for number in range(1, 5)]
+    assert list(states(report)) == ["teacher", *blocks, "stabilized", "distilled"]
+    assert report["stages"][-1]["macs_ratio"] > 1.3
 
 
 def _recipe(name: str) -> Path:
