@@ -15,9 +15,9 @@ from rich.table import Table
 from pbkd.stages.base import TrainingStage
 from pipelines.driver import Outcome
 from pipelines.graph import Graph, Node
+from pipelines.manifest import Manifest
 from pipelines.quantities import human
 from pipelines.run import PipelineResult
-from pipelines.store import Manifest
 
 
 class LogLines(logging.Handler):

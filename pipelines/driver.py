@@ -15,8 +15,9 @@ from pipelines.graph import Graph, Node, finished, pipeline_id
 from pipelines.jobs import PROGRESS, Job, StageJob, failure, job_name, processor, versions
 from pipelines.journal import Journal
 from pipelines.lease import Heartbeat, Lease, LeaseWatcher, try_acquire
+from pipelines.manifest import Manifest
 from pipelines.schedule import next_chain
-from pipelines.store import Manifest, Store
+from pipelines.store import Store
 
 log = logging.getLogger(__name__)
 

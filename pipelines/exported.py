@@ -21,10 +21,11 @@ from pbkd.export import INPUT, OPSET, Format, compare, export, images_to_compare
 from pbkd.measure import measure_latency
 from pbkd.networks import BlockNetwork
 from pipelines.lineage import chain, pipeline_of
+from pipelines.manifest import Manifest
 from pipelines.mlflow_model import make_servable, serve_command
 from pipelines.model_card import model_card
 from pipelines.recipe import load_recipe
-from pipelines.store import Manifest, Store
+from pipelines.store import Store
 from pipelines.tracking import default_uri
 
 RECORD, CARD = "export.json", "README.md"

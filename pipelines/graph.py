@@ -17,8 +17,9 @@ from pbkd.errors import UserError
 from pbkd.measure import Cost
 from pbkd.networks import AnySpec, cost_of
 from pbkd.stages import Block, Distill, Load, Progressive, Stage, Unplanned
+from pipelines.manifest import Input, Manifest
 from pipelines.recipe import Compute, Recipe, suggest
-from pipelines.store import Input, Manifest, Store
+from pipelines.store import Store
 
 KEY_VERSION = 1
 Links = tuple[tuple[str, str], ...]

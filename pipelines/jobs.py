@@ -29,8 +29,9 @@ from pipelines.exhaustion import exhaustion
 from pipelines.guard import Guard
 from pipelines.journal import Journal
 from pipelines.lease import Fenced, Lease
+from pipelines.manifest import Input, Manifest
 from pipelines.recipe import Compute
-from pipelines.store import Input, Manifest, Store
+from pipelines.store import Store
 
 PACKAGES = ("pbkd", "torch", "torchvision", "ray", "mlflow", "torch-pruning", "numpy", "safetensors")
 PROGRESS = "progress.jsonl"

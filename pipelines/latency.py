@@ -11,8 +11,9 @@ from pbkd import artifact
 from pbkd.measure import compiled, measure_latency
 from pbkd.networks import AnySpec, BlockNetwork, fresh
 from pipelines.jobs import processor, versions
+from pipelines.manifest import Manifest
 from pipelines.recipe import Compute
-from pipelines.store import Manifest, Store
+from pipelines.store import Store
 
 log = logging.getLogger(__name__)
 

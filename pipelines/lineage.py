@@ -5,7 +5,8 @@ from contextlib import nullcontext
 from typing import Any
 
 from pbkd.errors import UserError
-from pipelines.store import Input, Manifest, Store
+from pipelines.manifest import Input, Manifest
+from pipelines.store import Store
 from pipelines.tracking import connect, database_uri, read_ids, tracking_lock
 
 ROLES = {"from": 0, "block": 1, "teacher": 2}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pipelines.store import Manifest
+from pipelines.manifest import Manifest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

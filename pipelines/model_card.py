@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipelines.manifest import Manifest
 from pipelines.quantities import human
-from pipelines.store import Manifest
 
 TEMPLATE = "model_card.md.jinja"
 LICENCES = {

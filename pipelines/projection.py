@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from pbkd.errors import UserError
 from pbkd.storage import Storage
 from pipelines.journal import Record, report_files
+from pipelines.manifest import Manifest
 from pipelines.mlflow_values import final_metrics, flatten, log_run
 from pipelines.registry import register
 from pipelines.stage_runs import StageRun, StageRuns
-from pipelines.store import Manifest, Store
+from pipelines.store import Store
 from pipelines.views import EXPERIMENT_TAGS, HEADLINE, headline_params
 
 if TYPE_CHECKING:

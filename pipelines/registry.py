@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pbkd.errors import UserError
+from pipelines.manifest import Manifest
 from pipelines.model_files import write_model_files
 from pipelines.quantities import human
-from pipelines.store import Manifest, Store
+from pipelines.store import Store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -16,7 +16,8 @@ from pipelines.executors import Executor, open_executor
 from pipelines.graph import Graph, finished, pipeline_id, require_keys
 from pipelines.journal import Journal, latest_report, report_files
 from pipelines.latency import Latencies, Milliseconds
-from pipelines.store import RECIPE, Manifest, Store
+from pipelines.manifest import Manifest
+from pipelines.store import RECIPE, Store
 from pipelines.tracking import Tracker, default_uri, read_ids
 
 log = logging.getLogger(__name__)

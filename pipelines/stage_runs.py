@@ -7,8 +7,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pipelines.manifest import Manifest
 from pipelines.mlflow_values import final_metrics, flatten, log_run
-from pipelines.store import Manifest, Store
+from pipelines.store import Store
 from pipelines.views import headline_params
 
 if TYPE_CHECKING:

@@ -10,59 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pbkd.errors import StageError, UserError
 from pbkd.storage import Folder, Storage
 from pipelines.journal import Journal
 from pipelines.lease import Fenced, Lease, hex_name
+from pipelines.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
 SHORTEST_PREFIX = 6
 RECIPE = "recipe.yaml"
 
-Hex = Annotated[str, AfterValidator(hex_name)]
-"""A stage key or digest: as the name of a file it stays in its folder."""
-
-Number = float | int | None
 Timed = dict[str, float]
 """`median_ms`, `iqr_ms` and the number of `repeats` of a latency."""
-
-
-class Input(BaseModel):
-    """A stage that this one starts from (`from`), learns from (`teacher`) or joins (`block`)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    role: str
-    key: Hex
-
-
-class Manifest(BaseModel):
-    """The record of a finished stage: what went in, what came out. Published once, never changed."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    version: Literal[1] = 1
-    key: Hex
-    kind: str
-    settings: dict[str, Any]
-    inputs: list[Input]
-    data_digest: Hex | None
-    seed: int
-    compute: dict[str, Any]
-    artifact: Hex
-    digest: Hex
-    metrics: dict[str, Number]
-    history: list[dict[str, Number | str]]
-    seconds: float
-    versions: dict[str, str]
-    machine: dict[str, Any]
-    git: str | None
-    created: float
 
 
 def open_storage(location: str | Path) -> Storage:

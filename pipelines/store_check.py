@@ -12,7 +12,8 @@ from typing import Literal
 from pbkd.errors import UserError
 from pbkd.storage import Folder, Storage
 from pipelines.lease import NEVER_LEASED, Generation, LeaseWatcher, hex_name, leases_of, read_newest
-from pipelines.store import Manifest, Store, timings
+from pipelines.manifest import Manifest
+from pipelines.store import Store, timings
 from pipelines.tracking import IDS
 
 YOUNG_SECONDS = 3600.0

@@ -15,7 +15,7 @@ import zlib
 from typing import Any
 from urllib.parse import quote
 
-from pipelines.store import Manifest
+from pipelines.manifest import Manifest
 
 HEADLINE = ("test_accuracy", "val_accuracy", "macs", "params", "macs_ratio", "params_ratio")
 

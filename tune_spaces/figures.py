@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from pipelines.manifest import Manifest
 from pipelines.quantities import human
 from pipelines.reporting.drawing import BLUE, GREY, LINES, STYLE, VERMILLION
-from pipelines.store import Manifest
 from tune_spaces.objective import Objective
 from tune_spaces.record import SearchRecord
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pbkd.storage import user_cache
 from pipelines.latency import Latencies
-from pipelines.store import Manifest
+from pipelines.manifest import Manifest
 
 
 class Quiet:

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from pipelines.latency import Latencies
+from pipelines.manifest import Manifest
 from pipelines.recipe import as_written
-from pipelines.store import Manifest, Store
+from pipelines.store import Store
 from tune_spaces.figures import importance_figure, pareto_figure
 from tune_spaces.objective import Objective
 from tune_spaces.record import SearchRecord, Trial

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pbkd.errors import UserError
 from pipelines.journal import Record
-from pipelines.store import Manifest, Store
+from pipelines.manifest import Manifest
+from pipelines.store import Store
 
 Row = Mapping[str, Any]
 State = Literal["finished", "running", "failed", "interrupted", "not begun", "removed", "damaged"]

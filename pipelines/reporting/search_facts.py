@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.journal import Journal
-from pipelines.store import Manifest, Store
+from pipelines.manifest import Manifest
+from pipelines.store import Store
 
 GOALS = {"accuracy": ("val_accuracy", 1.0), "macs": ("macs", -1.0), "latency": ("latency_ms", -1.0)}
 """What a goal is measured by, and whether more of it is better."""

@@ -8,7 +8,8 @@ from typing import Any
 
 from pipelines.journal import Journal
 from pipelines.lease import try_acquire
-from pipelines.store import Input, Manifest, Store
+from pipelines.manifest import Input, Manifest
+from pipelines.store import Store
 from pipelines.tracking import connect
 
 PIPELINE = "0a1b2c3d4e5f"

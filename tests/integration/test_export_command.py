@@ -93,7 +93,7 @@ def test_the_student_leaves_with_its_parity_and_its_card(
     code, page, _ = pbkd(capsys, "report", "--store", store)
     html = Path(page.strip()).read_text()
     assert code == 0 and html.count("model.safetensors") == 1
-    assert "<td class=\"text\">safetensors, fp16</td>" in html
+    assert '<td class="text">safetensors, fp16</td>' in html
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from pbkd import artifact
 from pbkd.networks import BlockSpec, ConvSpec, NetworkSpec, fresh
 from pbkd.networks.spec import ClassifierSpec, PlainUnit
 from pipelines.latency import TIMINGS, Latencies
+from pipelines.manifest import Manifest
 from pipelines.recipe import Compute
-from pipelines.store import Manifest, Store
+from pipelines.store import Store
 from tests.unit.small_networks import small_resnet, small_vgg
 from tests.unit.test_store import manifest_of
 

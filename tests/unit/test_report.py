@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from pipelines.cli import main
+from pipelines.manifest import Input, Manifest
 from pipelines.reporting.facts import gather, shock_groups
 from pipelines.reporting.page import NOTHING, compose, headline
 from pipelines.reporting.tree import tree
 from pipelines.reporting.write import write
-from pipelines.store import Input, Manifest, Store
+from pipelines.store import Store
 from tests.integration.recorded_pipeline import digest, journal_of, publish
 
 ROOT = Path(__file__).parents[2]

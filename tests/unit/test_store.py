@@ -9,7 +9,8 @@ import pytest
 
 from pbkd.errors import StageError, UserError
 from pipelines.lease import Fenced, Lease, try_acquire
-from pipelines.store import Input, Manifest, Store
+from pipelines.manifest import Input, Manifest
+from pipelines.store import Store
 
 KEY, OTHER = "ab" * 32, "cd" * 32
 ARTIFACT, WEIGHTS = "11" * 32, "22" * 32

@@ -15,7 +15,8 @@ from pbkd.networks import fresh
 from pipelines import store_check
 from pipelines.cli import main
 from pipelines.lease import Owner, try_acquire
-from pipelines.store import Input, Store
+from pipelines.manifest import Input
+from pipelines.store import Store
 from pipelines.store_check import check, remove, unused
 from pipelines.tracking import read_ids
 from tests.unit.small_networks import small_resnet
