@@ -38,7 +38,9 @@ class Cluster:
         self.folder = folder
         self._mark = uuid.uuid4().hex
         (folder / "token").write_text("5" * 64)
-        self._home = tempfile.TemporaryDirectory(prefix="pbkd-", dir="/tmp")  # a short name, for sockets
+        self._home = tempfile.TemporaryDirectory(
+            prefix="pbkd-", dir="/tmp", ignore_cleanup_errors=True
+        )  # a short name, for sockets; a log may be written a moment longer
         port, self.dashboard = _free_ports(2)
         self._process = subprocess.Popen(
             [

@@ -59,4 +59,6 @@ def test_a_requirement_that_is_none_is_refused(
     monkeypatch.setenv("PBKD_REQUIRE", "ffvc")
     found = pytester.runpytest_subprocess()
     assert found.ret == pytest.ExitCode.USAGE_ERROR
-    found.stderr.fnmatch_lines(["*PBKD_REQUIRE: expected some of ffcv, slurm, browser, mount; found ffvc"])
+    found.stderr.fnmatch_lines(
+        ["*PBKD_REQUIRE: expected some of ffcv, slurm, browser, mount, data; found ffvc"]
+    )
