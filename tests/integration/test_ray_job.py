@@ -38,9 +38,7 @@ class Cluster:
         self.folder = folder
         self._mark = uuid.uuid4().hex
         (folder / "token").write_text("5" * 64)
-        self._home = tempfile.TemporaryDirectory(
-            prefix="pbkd-", dir="/tmp", ignore_cleanup_errors=True
-        )  # a short name, for sockets; a log may be written a moment longer
+        self._home = tempfile.TemporaryDirectory(prefix="pbkd-", dir="/tmp")  # a short name, for sockets
         port, self.dashboard = _free_ports(2)
         self._process = subprocess.Popen(
             [
@@ -87,10 +85,15 @@ class Cluster:
         """End it."""
         self._process.kill()
         self._process.wait()
-        for pid in marked_processes(self._mark):
+        until(self._is_over, "the cluster's processes to end")  # they write below its folder until then
+        self._home.cleanup()
+
+    def _is_over(self) -> bool:
+        left = marked_processes(self._mark)
+        for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)
-        self._home.cleanup()
+        return not left
 
 
 def _free_ports(count: int) -> list[int]:

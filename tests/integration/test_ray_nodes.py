@@ -31,9 +31,7 @@ signal.pause()
 
 @pytest.fixture
 def temporary() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(
-        prefix="p-", dir="/tmp", ignore_cleanup_errors=True
-    ) as folder:  # for sockets
+    with tempfile.TemporaryDirectory(prefix="p-", dir="/tmp") as folder:  # a short name, for sockets
         yield Path(folder)
 
 
