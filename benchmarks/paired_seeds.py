@@ -27,7 +27,8 @@ from scipy.stats import t as student_t
 from pbkd.storage import Folder
 from pipelines.graph import build_graph, finished
 from pipelines.latency import Latencies
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe import Recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 
 COLUMNS = (

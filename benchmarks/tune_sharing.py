@@ -36,7 +36,7 @@ import torch
 
 from pipelines import cli
 from pipelines.jobs import processor
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from tune_spaces.objective import Objective
 from tune_spaces.record import SearchRecord, Trial, pipeline_of

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pbkd import __version__
 from pipelines.data_commands import app as data_app
 from pipelines.export_command import export
 from pipelines.init_command import init
@@ -39,10 +40,10 @@ COSTS = ("params", "nonzero_params", "macs", "nonzero_macs", "macs_ratio", "memo
 QUALITIES = ("test_accuracy", "test_top5", "val_accuracy", "nll", "ece", "agreement", "kl")
 
 app = typer.Typer(
-    help="Make trained CNN classifiers smaller and faster by blockwise distillation and pruning.",
     epilog="Start with: pbkd run pipelines/recipes/digits.yaml",
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
 app.command(epilog="Example: pbkd init torchvision/resnet18 --data photos --weights mine.pt")(init)
@@ -50,6 +51,21 @@ app.command(epilog="Example: pbkd inspect torchvision/resnet50 --width 0.5 --wid
 app.command(epilog="Example: pbkd export runs/artifacts/0123abcd... --dynamic-batch")(export)
 app.command(epilog="Example: pbkd report pipelines/recipes/digits.yaml --open")(report)
 app.add_typer(store_app, name="store")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pbkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def pbkd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Make trained CNN classifiers smaller and faster by blockwise distillation and pruning."""
 
 
 @app.command(epilog="Example: pbkd run pipelines/recipes/digits.yaml seed=1")
@@ -64,19 +80,21 @@ def run(
     """Run a recipe. Finished stages are reused; an interrupted run goes on when it is typed again."""
     from rich.console import Console
 
-    from pipelines.display import LiveDisplay, LogLines, PlainDisplay, result_table
-    from pipelines.executors import require_lasting, require_machine
-    from pipelines.graph import require_keys
-    from pipelines.recipe import load_recipe
-    from pipelines.run import run_pipeline
+    from pipelines.recipe_file import load_recipe
     from pipelines.signals import Stop, stopping
-    from pipelines.store import Store
 
     console = Console(stderr=True)
-    logging.getLogger().addHandler(LogLines(console))
     try:
         with stopping():
-            loaded = load_recipe(recipe, overrides or [])
+            loaded = load_recipe(recipe, overrides or [])  # before what takes seconds to import
+
+            from pipelines.display import LiveDisplay, LogLines, PlainDisplay, result_table
+            from pipelines.executors import require_lasting, require_machine
+            from pipelines.graph import require_keys
+            from pipelines.run import run_pipeline
+            from pipelines.store import Store
+
+            logging.getLogger().addHandler(LogLines(console))
             opened = _existing(store)
             if opened is not None:
                 opened.require_writable()
@@ -117,7 +135,7 @@ def plan(
     json_: Machine = False,
 ) -> None:
     """Show what a recipe would run and what its networks would cost; needs neither data nor weights."""
-    from pipelines.recipe import load_recipe
+    from pipelines.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"download": False})})

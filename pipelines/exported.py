@@ -24,7 +24,7 @@ from pipelines.lineage import chain, pipeline_of
 from pipelines.manifest import Manifest
 from pipelines.mlflow_model import make_servable, serve_command
 from pipelines.model_card import model_card
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from pipelines.tracking import default_uri
 

@@ -60,8 +60,9 @@ def init(
 
     if weights is not None and pretrained:
         raise UserError("--pretrained: --weights gives the network's weights already; leave one of them out")
+    if weights is not None and not weights.is_file():
+        raise UserError(f"--weights {weights}: no such file; give one, absolute or relative to here")
     place = _place(data, root)
-    settings = _data_settings(data, place, image_size)
     name = "_".join(
         re.sub(r"\W+", "_", part).strip("_").lower() for part in (re.split("[/:]", arch)[-1], Path(data).name)
     )
@@ -70,6 +71,7 @@ def init(
         raise UserError(f"{path}: is there already; remove it, or name another file with --out")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another file with --out")
+    settings = _data_settings(data, place, image_size)
     text = _render(path, name, arch, settings, place, weights, pretrained, epochs)
     _try_out(text, weights)
     path.write_text(text, encoding="utf-8")
@@ -154,7 +156,7 @@ def _try_out(text: str, weights: Path | None) -> None:
     from pbkd.networks import load_weights
     from pbkd.networks.weights import empty
     from pipelines.graph import build_graph
-    from pipelines.recipe import load_recipe
+    from pipelines.recipe_file import load_recipe
 
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.yaml"

@@ -75,7 +75,7 @@ def _reported(which: str | None, overrides: list[str], store: Store) -> tuple[st
             raise UserError(f"override '{overrides[0]}': '{which}' is no recipe (.yaml) that it could be of")
         return choose_pipeline(store, which), None
     from pipelines.graph import pipeline_id, require_keys
-    from pipelines.recipe import load_recipe
+    from pipelines.recipe_file import load_recipe
 
     graph = graph_of(path, load_recipe(path, overrides), store)
     require_keys(graph)

@@ -279,7 +279,7 @@ def _recipe_name(recipe: Path, overrides: list[str], until: str | None) -> str:
 
     from pbkd.errors import UserError
     from pipelines.graph import build_graph
-    from pipelines.recipe import load_recipe
+    from pipelines.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"download": False})})

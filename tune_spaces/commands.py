@@ -84,7 +84,7 @@ def tune(
     from pipelines.display import LogLines
     from pipelines.executors import require_machine
     from pipelines.graph import require_keys
-    from pipelines.recipe import load_recipe
+    from pipelines.recipe_file import load_recipe
     from pipelines.signals import Stop, stopping
     from pipelines.store import Store
     from tune_spaces.results import write
@@ -146,7 +146,7 @@ def check(words: Sequence[str], store: str) -> str:
     Raises:
         UserError, typer.TyperException: it would be refused.
     """
-    from pipelines.recipe import load_recipe
+    from pipelines.recipe_file import load_recipe
     from pipelines.store import Store
     from tune_spaces.search import Options
 

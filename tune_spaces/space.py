@@ -21,7 +21,8 @@ from pydantic import ValidationError, model_validator
 
 from pbkd.engine.settings import Settings
 from pbkd.errors import UserError
-from pipelines.recipe import revise, suggest
+from pipelines.recipe import suggest
+from pipelines.recipe_file import revise
 from tune_spaces.subject import EITHER, Params, Subject
 
 NAMED = ("student_widths", "pruning_ratios", "stabilization_lengths", "joint")

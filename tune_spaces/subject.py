@@ -11,7 +11,8 @@ from typing import Any
 from pbkd.errors import UserError
 from pbkd.stages import Block, Progressive
 from pipelines.graph import Graph, build_graph
-from pipelines.recipe import Recipe, revise
+from pipelines.recipe import Recipe
+from pipelines.recipe_file import revise
 from pipelines.store import Store
 
 EITHER = (("epochs", "steps"), ("ratio", "macs", "sparsity"))

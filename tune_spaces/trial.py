@@ -16,7 +16,7 @@ from pipelines.graph import Graph, Node, build_graph, pipeline_id
 from pipelines.jobs import Job
 from pipelines.latency import Latencies
 from pipelines.manifest import Manifest
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from tune_spaces.objective import Objective
 from tune_spaces.quiet import Quiet

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from pbkd.networks.block_network import BlockNetwork, on_meta
-from pbkd.networks.spec import AnySpec
+from pbkd.networks.block_network import BlockNetwork
 
 
 class Features(NamedTuple):
@@ -43,12 +40,3 @@ class FeatureNetwork(nn.Module):
         for layer in layers:
             x = layer(x)
         return Features(tuple(blocks), x, last(x))
-
-
-@lru_cache(maxsize=1024)
-def feature_shapes(spec: AnySpec) -> tuple[tuple[int, int, int], ...]:
-    """(channels, height, width) of the feature of each block, from the spec alone."""
-    with torch.no_grad():
-        images = torch.empty(1, *spec.input_shape, device="meta")
-        features: Features = FeatureNetwork(on_meta(spec).eval())(images)
-    return tuple((feature.shape[1], feature.shape[2], feature.shape[3]) for feature in features.blocks)

@@ -29,7 +29,7 @@ from pbkd.data.memory import RecycledMemory
 from pbkd.data.pixels import Views
 from pbkd.errors import UserError
 from pipelines.graph import build_graph
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from tests.integration.pbkd_process import ROOT, run, states, with_database
 from tests.unit.image_folders import save_folder

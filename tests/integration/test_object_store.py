@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipelines.cli import main
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from pipelines.tracking import connect
 from pipelines.ui import pages

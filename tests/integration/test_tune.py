@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from pipelines.tracking import connect, default_uri
 from tests.integration.pbkd_process import ROOT, Pbkd, pbkd, run, states, until, with_database

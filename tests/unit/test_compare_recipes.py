@@ -11,7 +11,7 @@ from pbkd.networks import BlockNetwork
 from pbkd.stages import Block, Context, Distill, Prune, Stabilize, Train, run_stage
 from pbkd.stages.base import TrainingStage
 from pipelines.graph import Graph, build_graph
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 EPOCHS = 24

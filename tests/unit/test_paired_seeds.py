@@ -11,7 +11,7 @@ from pbkd import artifact
 from pbkd.networks import fresh
 from pipelines.graph import build_graph
 from pipelines.latency import Latencies
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from tests.unit.test_store import lease_of, manifest_of
 

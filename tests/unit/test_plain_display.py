@@ -7,7 +7,7 @@ from rich.console import Console
 
 from pipelines.display import PlainDisplay
 from pipelines.graph import build_graph
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 
 SMALL = Path(__file__).parents[1] / "integration" / "small.yaml"
 ROW = {"step": 8, "epoch": 1, "train_loss": 0.51234, "val_accuracy": 90.0}

@@ -4,7 +4,7 @@ import pytest
 
 from pbkd.engine import OptimizerSettings
 from pbkd.stages import Progressive
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from tests.integration.pbkd_process import ROOT
 
 CIFAR = OptimizerSettings(lr=0.01, weight_decay=5e-3, schedule="step", milestones=(0.5,), decay=0.1)

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 
 from pbkd.data import DataSettings
 from pbkd.engine import LocalSession, Precision
-from pbkd.networks import BlockNetwork, BlockSpec, ConvSpec, NetworkSpec, feature_shapes, fresh
+from pbkd.measure import count
+from pbkd.networks import (
+    BlockNetwork,
+    BlockSpec,
+    ConvSpec,
+    FeatureNetwork,
+    NetworkSpec,
+    cost_of,
+    feature_shapes,
+    fresh,
+    on_meta,
+)
 from pbkd.networks.spec import ClassifierSpec, PlainUnit, PoolSpec
 from pbkd.stages import Context, Progressive, run_stage
 from pbkd.students import receptive_field
@@ -36,7 +47,7 @@ def networks(draw: st.DrawFn) -> NetworkSpec:
     )
     try:
         feature_shapes(spec)
-    except RuntimeError:  # nothing of the image is left
+    except ValueError:  # nothing of the image is left
         assume(False)
     return spec
 
@@ -50,6 +61,15 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], prefix
     return names == [name for name in second if name.startswith(prefix)] and all(
         torch.equal(first[name], second[name]) for name in names
     )
+
+
+@given(networks())
+@settings(max_examples=30, deadline=None)
+def test_a_spec_tells_the_cost_and_the_shapes_of_its_modules(spec: NetworkSpec) -> None:
+    network = on_meta(spec).eval()
+    assert cost_of(spec) == count(network, spec.input_shape)
+    features = FeatureNetwork(network)(torch.empty(1, *spec.input_shape, device="meta")).blocks
+    assert feature_shapes(spec) == tuple(feature.shape[1:] for feature in features)
 
 
 @given(

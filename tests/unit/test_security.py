@@ -21,7 +21,7 @@ from pipelines.cli import main
 from pipelines.jobs import _load
 from pipelines.projection import log_report
 from pipelines.ray_executor import _token
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.run import _made_report
 from pipelines.store import Store
 from pipelines.tracking import _report_digest

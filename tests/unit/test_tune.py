@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pbkd.errors import UserError
-from pipelines.recipe import load_recipe
+from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from tune_spaces.objective import Objective, objective_of
 from tune_spaces.quiet import Quiet

@@ -5,16 +5,20 @@ import torch
 
 from pbkd.errors import UserError
 from pbkd.measure import count
-from pbkd.networks import NetworkSettings, architecture, on_meta
+from pbkd.networks import FeatureNetwork, NetworkSettings, architecture, cost_of, feature_shapes, on_meta
 from pbkd.networks.zoo import NAMES
 
 CIFAR, IMAGENET = (3, 32, 32), (3, 224, 224)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_name_builds_a_network(name: str) -> None:
-    network = on_meta(architecture(NetworkSettings(arch=name), CIFAR, 7))
-    assert network(torch.empty(2, *CIFAR, device="meta")).shape == (2, 7)
+def test_every_name_builds_a_network_of_the_cost_and_the_shapes_that_its_spec_tells(name: str) -> None:
+    spec = architecture(NetworkSettings(arch=name), CIFAR, 7)
+    network = on_meta(spec)
+    found = FeatureNetwork(network)(torch.empty(2, *CIFAR, device="meta"))
+    assert found.logits.shape == (2, 7)
+    assert feature_shapes(spec) == tuple(feature.shape[1:] for feature in found.blocks)
+    assert cost_of(spec) == count(network, CIFAR)
 
 
 @pytest.mark.parametrize(
