@@ -214,8 +214,8 @@ def test_while_something_is_measured_no_driver_of_a_search_writes_to_mlflow(
     writing = threading.Thread(target=search.record_report)
     with Quiet().alone():
         writing.start()
-        while not waits_for(room):
-            assert writing.is_alive(), "it has written"
+        until(lambda: waits_for(room) or not writing.is_alive(), "the driver to wait")
+        assert writing.is_alive(), "it has written"
         assert client.get_experiment_by_name("digits") is None
     writing.join()
     assert client.get_experiment_by_name("digits") is not None

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -362,9 +363,17 @@ def without_privileges() -> Iterator[None]:
         os.seteuid(before)
 
 
+def shared_folder() -> Path:
+    """A folder for temporary files that every user can reach, which root's own TMPDIR need not be."""
+    with without_privileges():
+        places = map(Path, (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"))
+        return next(place for place in places if os.access(place, os.W_OK | os.X_OK, effective_ids=True))
+
+
 @pytest.mark.parametrize("place", ["train/dog", "train/dog/01.png"])
-def test_what_cannot_be_read_is_named(place: str, root: Path):
-    with TemporaryDirectory() as open_to_all:  # the folders above pytest's own are closed to others
+def test_what_cannot_be_read_is_named(place: str, root: Path, monkeypatch: pytest.MonkeyPatch):
+    with TemporaryDirectory(dir=shared_folder()) as open_to_all:  # those above pytest's own are closed
+        monkeypatch.setattr(tempfile, "tempdir", open_to_all)
         images = shutil.copytree(root, Path(open_to_all) / "images")
         for path in [images.parent, images, *images.rglob("*")]:
             path.chmod(0o777)

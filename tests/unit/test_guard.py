@@ -3,7 +3,6 @@
 import errno
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from pipelines import guard as guard_module
 from pipelines.exhaustion import exhaustion
 from pipelines.guard import Guard
 from pipelines.lease import try_acquire
+from tests.integration.pbkd_process import until
 
 ROOT = Path(__file__).parents[2]
 KEY = "ab" * 32
@@ -36,9 +36,7 @@ def test_a_training_ends_when_its_owner_asks_or_has_lost_it(how: str, tmp_path: 
             lease.release()
         else:
             assert try_acquire(Folder(tmp_path), KEY, dead=1) is not None
-        ended = threading.Event()
-        while not guard.step():
-            ended.wait(0.01)
+        until(guard.step, "the guard to see it")
 
 
 HANGING = """

@@ -13,6 +13,7 @@ import pytest
 
 from pbkd.storage import Folder
 from pipelines.lease import Generation, Heartbeat, Lease, LeaseWatcher, Owner, try_acquire
+from tests.integration.pbkd_process import until
 
 KEY = "ab" * 32
 ELSEWHERE = replace(Owner.here(), host="another-node")
@@ -182,8 +183,7 @@ def test_the_heartbeat_thread_renews(tmp_path: Path) -> None:
     lease = acquired(tmp_path, ELSEWHERE)
     with Heartbeat(interval=0.001) as heartbeat:
         heartbeat.add(lease)
-        while json.loads(lease.storage.read("000001.json"))["counter"] < 3:
-            pass
+        until(lambda: json.loads(lease.storage.read("000001.json"))["counter"] >= 3, "three beats")
     assert lease.is_current()
 
 

@@ -11,6 +11,7 @@ import pytest
 from pbkd.errors import UserError
 from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
+from tests.integration.pbkd_process import until
 from tune_spaces.objective import Objective, objective_of
 from tune_spaces.quiet import Quiet
 from tune_spaces.record import SearchRecord, Trial, reached
@@ -326,8 +327,8 @@ def test_trainings_of_all_searches_go_together_and_a_measurement_alone_and_in_it
         train()
         threads = [threading.Thread(target=measure)]
         threads[0].start()
-        while not any(is_locked(path) for path in tmp_path.glob("pbkd/.turnstile-*")):
-            continue  # until the measurement waits for this training
+        turnstiles = tmp_path / "pbkd"
+        until(lambda: any(map(is_locked, turnstiles.glob(".turnstile-*"))), "the measurement to wait")
         with Quiet().briefly():
             order.append("written")
         threads.append(threading.Thread(target=train))
