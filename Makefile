@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DEFAULT_GOAL := help
-.PHONY: help setup ffcv browser slurm demo docs test lint clean
+.PHONY: help setup ffcv browser slurm system demo docs quick test proof lint clean
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -18,9 +18,13 @@ FFCV := .venv/.ffcv
 FFCV_PACKAGES := g++ pkg-config libturbojpeg0-dev libopencv-dev
 BROWSER_PACKAGES := chromium fonts-dejavu-core
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server iproute2
+SLURM_DAEMONS := slurmctld slurmd slurmdbd sbatch munged mariadbd ip
 PYTHON ?=
-# More need more memory: some tests start a Ray of their own.
-TEST_PROCESSES := 2
+# One more than cores: some tests wait for processes, servers and clocks. Each may start a Ray of its own: two GiB.
+TEST_PROCESSES := 3
+# A file of tests stays with one process, whose fixtures it shares; conftest.py has the slow files begin first. Modules are
+# compiled once, whatever the environment says: tests start a thousand processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 RECIPE := pipelines/recipes/digits.yaml
 
 help:
@@ -74,21 +78,38 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 	echo "setup: done; start with .venv/bin/pbkd --help"
 
-# FFCV reads data at full speed. It is built here, in a minute or two; root on Debian gets the packages that takes.
+# Debian's packages, which only root on Debian or Ubuntu gets, and not with SYSTEM=no. `without NAME COMMAND...` prints
+# those commands that are missing; `packages NAME PACKAGE...` installs, or says what to type, and fails.
+define SYSTEM_PACKAGES
+export PATH=$$PATH:/usr/sbin:/sbin
+without() { for name in "$$@"; do command -v "$$name" >/dev/null || echo "$$name"; done; }
+may_install() { [ "$(SYSTEM)" != no ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+packages() {
+    local part=$$1; shift
+    if ! may_install; then
+        echo "$$part: not installed here; as root on Debian or Ubuntu:" >&2
+        echo "      apt-get install --no-install-recommends $$*; then: make $$part" >&2
+        return 1
+    fi
+    echo "$$part: installing Debian's $$*"
+    mkdir -p build
+    # The daemons of a package are not started by its installation.
+    if [ ! -e /usr/sbin/policy-rc.d ]; then
+        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+        printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
+    fi
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$$@"; } \
+        >"build/apt-$$part.log" 2>&1 || { tail -n 5 "build/apt-$$part.log" >&2; return 1; }
+}
+has_ffcv_packages() { command -v g++ >/dev/null && pkg-config --exists opencv4 libturbojpeg 2>/dev/null; }
+endef
+
+# FFCV reads data at full speed. It is built here, in a minute or two.
 ffcv: $(FFCV)
 
 $(FFCV): $(STAMP)
-	@buildable() { command -v g++ >/dev/null && pkg-config --exists opencv4 libturbojpeg 2>/dev/null; }
-	if ! buildable && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-	    echo "ffcv: installing Debian's $(FFCV_PACKAGES)"
-	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	        $(FFCV_PACKAGES); } >.venv/apt.log 2>&1 || tail -n 5 .venv/apt.log >&2
-	fi
-	if ! buildable; then
-	    echo "ffcv: its system packages are missing, and are installed only by root on Debian or Ubuntu:" >&2
-	    echo "      sudo apt-get install --no-install-recommends $(FFCV_PACKAGES); then: make ffcv" >&2
-	    exit 1
-	fi
+	@$(SYSTEM_PACKAGES)
+	has_ffcv_packages || packages ffcv $(FFCV_PACKAGES)
 	echo "ffcv: building FFCV"
 	if ! $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt -e '.[ffcv]' >.venv/ffcv.log 2>&1 ||
 	    ! $(BIN)/python -c 'import ffcv' >>.venv/ffcv.log 2>&1; then
@@ -98,43 +119,31 @@ $(FFCV): $(STAMP)
 	fi
 	touch $@
 
-# The tests of what a person sees drive Debian's Chromium; root on Debian gets it.
+# The tests of what a person sees drive Debian's Chromium.
 browser:
-	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-	    echo "browser: installing Debian's $(BROWSER_PACKAGES)"
-	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	        $(BROWSER_PACKAGES); } >.venv/browser.log 2>&1 || tail -n 5 .venv/browser.log >&2
-	fi
-	if ! command -v chromium >/dev/null; then
-	    echo "browser: there is no Chromium, and it is installed only by root on Debian or Ubuntu:" >&2
-	    echo "      sudo apt-get install --no-install-recommends $(BROWSER_PACKAGES); then: make browser" >&2
-	    exit 1
-	fi
+	@$(SYSTEM_PACKAGES)
+	[ -z "$$(without chromium)" ] || packages browser $(BROWSER_PACKAGES)
 
-# The tests of `pbkd slurm` run a Slurm of two nodes on this machine (benchmarks/slurm_lab); root on Debian gets its
-# daemons, none of which is started by the installation.
+# The tests of `pbkd slurm` run a Slurm of two nodes on this machine (benchmarks/slurm_lab), by Debian's daemons.
 slurm:
-	@missing() {
-	    for name in slurmctld slurmd slurmdbd sbatch munged mariadbd ip; do
-	        command -v "$$name" >/dev/null || return 0
-	    done
-	    return 1
-	}
-	export PATH=$$PATH:/usr/sbin:/sbin
-	if missing && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-	    echo "slurm: installing Debian's $(SLURM_PACKAGES)"
-	    if [ ! -e /usr/sbin/policy-rc.d ]; then
-	        trap 'rm -f /usr/sbin/policy-rc.d' EXIT
-	        printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d
-	    fi
-	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-	        $(SLURM_PACKAGES); } >.venv/slurm.log 2>&1 || tail -n 5 .venv/slurm.log >&2
+	@$(SYSTEM_PACKAGES)
+	[ -z "$$(without $(SLURM_DAEMONS))" ] || packages slurm $(SLURM_PACKAGES)
+
+# What `make test` needs of Debian, at once.
+system:
+	@$(SYSTEM_PACKAGES)
+	wanted=()
+	has_ffcv_packages || wanted+=($(FFCV_PACKAGES))
+	[ -z "$$(without chromium)" ] || wanted+=($(BROWSER_PACKAGES))
+	[ -z "$$(without $(SLURM_DAEMONS))" ] || wanted+=($(SLURM_PACKAGES))
+	if [ $${#wanted[@]} = 0 ]; then exit; fi
+	if ! may_install; then
+	    echo "system: without Debian's $${wanted[*]}, some tests will be skipped" >&2
+	    exit
 	fi
-	if missing; then
-	    echo "slurm: its daemons are missing, and are installed only by root on Debian or Ubuntu:" >&2
-	    echo "      sudo apt-get install --no-install-recommends $(SLURM_PACKAGES); then: make slurm" >&2
-	    exit 1
-	fi
+	echo "system: as root, this installs Debian's $${wanted[*]}"
+	echo "system: make test SYSTEM=no does without, and skips the tests that need them"
+	packages system "$${wanted[@]}"
 
 demo: setup
 	@$(BIN)/pbkd run $(RECIPE)
@@ -150,16 +159,28 @@ lint: setup
 	step mypy
 	step lint-imports --no-logo
 
+# Lint, types and the unit tests that take no time, in two minutes.
+quick: lint
+	@echo "== pytest, without what is slow"
+	$(PYTEST) -m "not slow" tests/unit tests/golden || { echo "FAILED: pytest" >&2; exit 1; }
+
 # What of this the machine cannot have has its tests skipped, which pytest says once more at the end; where PBKD_REQUIRE
 # names it, that is a failure.
-test: lint
-	@for part in ffcv browser slurm; do
-	    if $(MAKE) --no-print-directory $$part; then continue; fi
-	    if [[ ",$${PBKD_REQUIRE:-}," == *",$$part,"* ]]; then echo "FAILED: PBKD_REQUIRE=$$part" >&2; exit 1; fi
-	    echo "WARNING: no $$part, so its tests will be SKIPPED; the reason stands above" >&2
-	done
+test:
+	@echo "test: lint, types, and every test but the proofs: about twenty minutes on two cores"
+	$(MAKE) --no-print-directory -j 2 system setup
+	$(MAKE) --no-print-directory -j 2 lint $(FFCV) || {
+	    $(MAKE) --no-print-directory lint
+	    if [[ ",$${PBKD_REQUIRE:-}," == *",ffcv,"* ]]; then echo "FAILED: PBKD_REQUIRE=ffcv" >&2; exit 1; fi
+	    echo "WARNING: no ffcv, so its tests will be SKIPPED; the reason stands above" >&2
+	}
 	echo "== pytest"
-	$(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile || { echo "FAILED: pytest" >&2; exit 1; }
+	$(PYTEST) || { echo "FAILED: pytest" >&2; exit 1; }
+
+# What is too long for every run: many kills, all faults of Slurm, more examples of the fuzzers; half a day. The figures of
+# the last time are in benchmarks/results.
+proof: test
+	@$(PYTEST) --proof -m proof || { echo "FAILED: pytest --proof" >&2; exit 1; }
 
 # What can be made again; finished stages in runs/ are work done and stay.
 clean:

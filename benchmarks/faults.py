@@ -50,7 +50,7 @@ COLUMNS = (
 )  # fmt: skip
 POLL_SECONDS = 0.02
 LONGEST_SECONDS = 600.0
-WORKERS = {"local": "spawn_main", "ray": "ray::RayTrainWorker"}
+WORKERS = {"local": "pbkd-rank", "ray": "ray::RayTrainWorker"}
 LOG_STEPS = """
 import os
 

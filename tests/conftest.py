@@ -5,11 +5,16 @@
 
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.integration.ray_cluster import Cluster
+    from tests.reference_stores import Demo
 
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # a developer's own MLflow is not to have what tests write
 
@@ -22,6 +27,40 @@ LACKS = {
 }
 """How the reason for a skip begins, by what is lacking."""
 
+SLOW_FIRST = {
+    name: place
+    for place, name in enumerate(
+        (
+            "test_tune.py",
+            "test_slurm.py",
+            "test_run.py",
+            "test_faults.py",
+            "test_recipes.py",
+            "test_documentation.py",
+            "test_ffcv_reader.py",
+            "test_object_store.py",
+            "test_foreign_networks.py",
+            "test_exhaustion.py",
+            "test_ray_job.py",
+            "test_mlflow_in_browser.py",
+            "test_report_in_browser.py",
+            "test_read_only_store.py",
+            "test_faults_on_ray.py",
+            "test_mlflow_faults.py",
+            "test_tracking.py",
+            "test_shared_store.py",
+            "test_bench.py",
+            "test_own_module.py",
+            "test_export_command.py",
+            "test_export.py",
+            "test_storage.py",
+            "test_paired_seeds.py",
+            "test_compare_recipes.py",
+        )  # fmt: skip
+    )
+}
+"""Files that take longest, the longest first: begun last, one of them would keep one process busy alone."""
+
 NO_SLURM, NO_MOUNT = LACKS["slurm"], LACKS["mount"]
 MISSING = {
     "ffcv": find_spec("ffcv") is None,
@@ -30,14 +69,46 @@ MISSING = {
 REQUIRED = set(os.environ.get("PBKD_REQUIRE", "").split(",")) - {""}
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--proof", action="store_true", help="run what is marked `proof`, and nothing else")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (terminal := config.pluginmanager.get_plugin("terminalreporter")) is not None:
+        config.pluginmanager.register(_AtOnce(terminal))
     if unknown := REQUIRED - LACKS.keys():
         raise pytest.UsageError(
             f"PBKD_REQUIRE: expected some of {', '.join(LACKS)}; found {', '.join(sorted(unknown))}"
         )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class _AtOnce:
+    """Tells of a failure when it happens, not after all tests."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.ensure_newline()
+            self._terminal.section(f"{report.nodeid} failed, at {report.when}", red=True)
+            self._terminal.line(report.longreprtext)
+
+
+def _select(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out proofs, or all but them."""
+    wanted, others = list[pytest.Item](), list[pytest.Item]()
+    for item in items:
+        is_proof = item.get_closest_marker("proof") is not None
+        (wanted if is_proof == config.getoption("proof") else others).append(item)
+    items[:] = wanted
+    if others:
+        config.hook.pytest_deselected(items=others)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    _select(config, items)
+    items.sort(key=lambda item: SLOW_FIRST.get(item.path.name, len(SLOW_FIRST)))  # the others as they were
     for name, is_missing in MISSING.items():
         for item in items:
             if is_missing and item.get_closest_marker(name):
@@ -82,3 +153,43 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             reasons = dict.fromkeys(reason_of(report) for report in found)
             terminalreporter.section(name.upper(), red=True)
             terminalreporter.line(f"{len(found)} tests SKIPPED. {'; '.join(reasons)}", red=True)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> "Demo":
+    """The demo in small, as the whole test run shares it."""
+    from tests import reference_stores
+
+    made = reference_stores.made_once(tmp_path_factory, "demo", reference_stores.demo)
+    return reference_stores.Demo(**made | {"store": Path(made["store"])})
+
+
+@pytest.fixture(scope="session")
+def small_demo(demo: "Demo") -> dict[str, Any]:
+    """What `pbkd run --json` says of it."""
+    return demo.report
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Cluster]":
+    """A Ray cluster of two CPUs for all tests of this process that do not ask how a run starts its own."""
+    from tests.integration.pbkd_process import until
+    from tests.integration.ray_cluster import Cluster
+
+    cluster = Cluster(tmp_path_factory.mktemp("ray"))
+    try:
+        until(lambda: cluster.ray("list").returncode == 0, "the cluster to answer")
+        yield cluster
+    finally:
+        cluster.end()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `pbkd run --json` says of the small recipe, undisturbed, as the whole test run shares it."""
+    from tests import reference_stores
+
+    found: dict[str, Any] = reference_stores.made_once(
+        tmp_path_factory, "reference", reference_stores.reference
+    )
+    return found

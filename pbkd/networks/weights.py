@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pbkd.errors import UserError
 from pbkd.networks.block_network import BlockNetwork, ConvLayer
-from pbkd.networks.partition import original_empty, original_fresh, original_name, traced_of
+from pbkd.networks.partition import original_empty, original_fresh, original_name, traced_of, with_memory
 from pbkd.networks.spec import AnySpec, NetworkSpec, TracedSpec
 
 
@@ -21,7 +21,7 @@ def empty(spec: AnySpec, device: torch.device | str = "cpu") -> BlockNetwork:
         return BlockNetwork(spec, original_empty(spec)).to(device)
     with torch.device("meta"):
         network = BlockNetwork(spec)
-    return network.to_empty(device=device)
+    return with_memory(network, device)
 
 
 def initialize_fresh(module: nn.Module, seed: int) -> None:

@@ -1,7 +1,6 @@
 """A real browser on a real pipeline: the demo's, shrunk, as `pbkd run` and `pbkd ui` leave and serve it."""
 
 import os
-import re
 import shutil
 import signal
 import socket
@@ -9,14 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
-from tests.integration.pbkd_process import ROOT, pbkd, with_database
-from tests.integration.pbkd_process import SECONDS as STEP_SECONDS
+from tests.integration.pbkd_process import ROOT
+from tests.reference_stores import Demo
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
 SECONDS = 120_000.0  # milliseconds: of a busy machine
@@ -85,38 +83,6 @@ def look(browser: Browser) -> Iterator[Look]:
     yield look
     for context in contexts:
         context.close()
-
-
-@dataclass(frozen=True)
-class Demo:
-    """What the demo's command leaves: its store and the last lines it prints."""
-
-    store: Path
-    said: list[str]
-
-    @property
-    def report(self) -> Path:
-        """The page whose path the last lines give."""
-        (path,) = (line.removeprefix("report:").strip() for line in self.said if line.startswith("report:"))
-        return Path(path)
-
-    @property
-    def ui(self) -> list[str]:
-        """The command the last line gives."""
-        return self.said[-1].removeprefix("MLflow:").split()
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """`make demo` with a smaller recipe: every stage of it, of a few steps."""
-    store = with_database(tmp_path_factory.mktemp("demo"))
-    typed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
-    (command,) = re.findall(r"^\.venv/bin/pbkd (run .*)$", typed.stdout, re.MULTILINE)
-    small = ("smoke=true", "compute.executor=local", "--store", store)
-    with pbkd(*command.split(), *small) as run:
-        code, out, err = run.wait(4 * STEP_SECONDS)  # sixteen stages
-    assert code == 0, err
-    return Demo(store, out.splitlines()[-4:])
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ import json
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import SECONDS, Demo, Look, Seen
+from tests.browser.conftest import SECONDS, Look, Seen
+from tests.reference_stores import Demo
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]  # the first one makes the demo
 
@@ -31,7 +32,7 @@ def test_the_compare_page_shows_every_stage_with_its_metrics(
     for metric in ("accuracy", "agreement", "ece", "feature_error_1"):
         link = seen.page.get_by_role("link", name=metric, exact=True)
         expect(link).to_be_visible(timeout=SECONDS)
-    lines = demo.report.with_name("journal.jsonl").read_text().splitlines()
+    lines = demo.page.with_name("journal.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     key = next(record["key"] for record in records if record.get("name") == "teacher")
     teacher = json.loads((demo.store / "manifests" / f"{key}.json").read_text())["metrics"]

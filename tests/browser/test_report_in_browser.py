@@ -5,7 +5,8 @@ import json
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.conftest import Demo, Look
+from tests.browser.conftest import Look
+from tests.reference_stores import Demo
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]  # the first one makes the demo
 
@@ -15,14 +16,14 @@ CHARTS = ("pipeline", "accuracy_macs", "accuracy_latency", "accuracy_latency_bat
 
 def stages(demo: Demo) -> list[str]:
     """What the demo is made of, by its journal."""
-    first, *_ = demo.report.with_name("journal.jsonl").read_text().splitlines()
+    first, *_ = demo.page.with_name("journal.jsonl").read_text().splitlines()
     return sorted(json.loads(first)["stages"])
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_every_stage_is_to_be_seen_on_any_screen(demo: Demo, look: Look, width: int, dark: bool) -> None:
-    seen = look(demo.report.as_uri(), width, 900, dark)
+    seen = look(demo.page.as_uri(), width, 900, dark)
     page = seen.page
     names = stages(demo)
     assert len(names) == 16, "of the demo"
@@ -39,13 +40,13 @@ def test_every_stage_is_to_be_seen_on_any_screen(demo: Demo, look: Look, width: 
     assert (brightness(ink) > brightness(paper)) == dark
     colour = page.locator("#pipeline svg text").filter(visible=True, has_text="blocks.1").first
     assert colour.evaluate("text => getComputedStyle(text).fill") == ink, "figures follow the page"
-    assert seen.asked == [demo.report.as_uri()], "nothing else is fetched"
+    assert seen.asked == [demo.page.as_uri()], "nothing else is fetched"
     assert seen.complaints + seen.broken == []
     seen.keep(f"report-{'phone' if width == PHONE else 'desktop'}-{'dark' if dark else 'light'}")
 
 
 def test_gradient_shock_of_the_distilled_stage_is_shown(demo: Demo, look: Look) -> None:
-    page = look(demo.report.as_uri()).page
+    page = look(demo.page.as_uri()).page
     page.get_by_role("link", name="Gradient shock").click()
     shock = page.locator("#shock")
     expect(shock.get_by_role("heading", name="Gradient shock")).to_be_in_viewport()
@@ -65,7 +66,7 @@ def brightness(colour: str) -> int:
 
 
 def test_pointing_at_a_chart_and_following_a_link_tell_more(demo: Demo, look: Look) -> None:
-    page = look(demo.report.as_uri()).page
+    page = look(demo.page.as_uri()).page
     student = page.locator('#accuracy_macs .wide .point[data-stage="recovered"]')
     assert "recovered: " in (student.locator("title").text_content() or "")
     page.get_by_role("link", name="Reproduce").click()

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-LOCAL, RAY = "compute.executor=local", "compute.executor=ray"
 LONG = ["stages.teacher.steps=200", "compute.checkpoint_steps=5", "--until", "teacher"]
 
 

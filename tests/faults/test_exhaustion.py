@@ -10,8 +10,18 @@ import pytest
 
 from pipelines.cli import main
 from tests.conftest import NO_MOUNT
-from tests.faults.long_run import LOCAL, LONG, RAY, has_checkpoint
-from tests.integration.pbkd_process import ROOT, SMALL, digests, pbkd, run, until, with_database
+from tests.faults.long_run import LONG, has_checkpoint
+from tests.integration.pbkd_process import (
+    LOCAL,
+    RAY,
+    ROOT,
+    SMALL,
+    digests,
+    pbkd,
+    run_here,
+    until,
+    with_database,
+)
 
 
 @pytest.mark.parametrize("executor", [LOCAL, RAY])
@@ -81,6 +91,6 @@ def test_a_disk_that_takes_no_more_is_explained_and_the_run_goes_on_when_it_does
             code, _, err = command.wait()
         assert code == 2 and message in err and "--store" in err and len(err.splitlines()) <= 3
     mend()
-    again = run(SMALL, LOCAL, *LONG, mlflow, "--store", store)
+    again = run_here(SMALL, LOCAL, *LONG, mlflow, "--store", store)
     assert digests(again) == digests(expected)
     assert main(["store", "check", "--full", "--store", str(store)]) == 0, capfd.readouterr().out

@@ -15,8 +15,8 @@ from benchmarks.faults import kill_once, undisturbed
 from benchmarks.injected import injected
 from pipelines.store import Store
 from pipelines.tracking import connect, default_uri, replay
-from tests.faults.long_run import LOCAL, LONG, has_checkpoint, leases
-from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until, with_database
+from tests.faults.long_run import LONG, has_checkpoint, leases
+from tests.integration.pbkd_process import LOCAL, SMALL, digests, pbkd, run_here, states, until, with_database
 
 KILLS = 2
 
@@ -76,7 +76,7 @@ def test_a_suspended_worker_is_replaced(expected: dict[str, Any], tmp_path: Path
     settings = [*LONG, "compute.watchdog_seconds=3", "--store", store, "--json"]
     with pbkd("run", SMALL, LOCAL, *settings) as command:
         until(lambda: has_checkpoint(store), "a checkpoint")
-        (worker,) = command.processes("spawn_main")
+        (worker,) = command.processes("pbkd-rank")
         os.kill(worker, signal.SIGSTOP)
         code, out, err = command.wait()
     assert code == 0, err
@@ -90,7 +90,7 @@ def test_a_second_interrupt_leaves_at_once_and_the_last_checkpoint_counts(
     store = with_database(tmp_path)
     with pbkd("run", SMALL, LOCAL, *LONG, "--store", store) as command:
         until(lambda: has_checkpoint(store), "a checkpoint")
-        (worker,) = command.processes("spawn_main")
+        (worker,) = command.processes("pbkd-rank")
         os.kill(worker, signal.SIGSTOP)  # it does not end when it is asked to: the driver has to wait for it
         command.signal(signal.SIGINT)
         until(lambda: all(lease["stopping"] for lease in leases(store)), "the orderly end to begin")
@@ -100,7 +100,7 @@ def test_a_second_interrupt_leaves_at_once_and_the_last_checkpoint_counts(
         assert command.wait() == (130, "", ""), "it did not come to the end of the orderly one"
         until(lambda: not command.processes(), "the end of every process")
     assert not any(lease["released"] for lease in leases(store))
-    assert digests(run(SMALL, LOCAL, *LONG, "--store", store)) == digests(expected)
+    assert digests(run_here(SMALL, LOCAL, *LONG, "--store", store)) == digests(expected)
 
 
 JUMPING_CLOCK = """
@@ -120,7 +120,7 @@ def test_clocks_that_jump_by_days_take_nobodys_stage_away(expected: dict[str, An
     arguments = ["run", SMALL, LOCAL, *LONG, "--store", store, "--json"]
     with pbkd(*arguments, PBKD_HOST="one", **clock) as one:
         until(lambda: has_checkpoint(store), "a checkpoint")
-        (worker,) = one.processes("spawn_main")
+        (worker,) = one.processes("pbkd-rank")
         os.kill(worker, signal.SIGSTOP)  # until the other has watched for long enough
         with pbkd(*arguments, "name=other", PBKD_HOST="other", **clock) as other:
             until(lambda: len(list(store.glob("pipelines/*/journal.jsonl"))) == 2, "the other run to begin")
@@ -155,7 +155,7 @@ def test_killed_between_a_stages_end_and_its_record_mlflow_has_both_stages_once(
     some = [SMALL, LOCAL, "--until", "stabilized", "--store", store.root]
     with pbkd("run", *some, **injected(KILLED_BEFORE_THE_SECOND_RECORD, tmp_path / "code")) as command:
         assert command.wait()[0] == -signal.SIGKILL
-        until(lambda: not command.processes("spawn_main"), "the end of its processes")
+        until(lambda: not command.processes("pbkd-rank"), "the end of its processes")
     (pipeline_id,) = store.pipelines()
     journal = store.journal(pipeline_id)
     (recorded,) = (record["key"] for record in journal.read()[0] if record["type"] == "finished")
@@ -165,7 +165,7 @@ def test_killed_between_a_stages_end_and_its_record_mlflow_has_both_stages_once(
     replay(default_uri(store), store)
     before = runs_of(store)
     assert [key for key, (one,) in before.items() if one["status"] == "FINISHED"] == [recorded]
-    report = run(*some)
+    report = run_here(*some)
     after = runs_of(store)
     assert set(after) == {stage["key"] for stage in report["stages"]}
     assert [one["status"] for (one,) in after.values()] == ["FINISHED"] * len(after)

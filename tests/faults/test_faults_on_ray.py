@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.injected import injected
-from tests.faults.long_run import LONG, RAY, has_checkpoint, newest
-from tests.integration.pbkd_process import SMALL, digests, pbkd, until, with_database
+from tests.faults.long_run import LONG, has_checkpoint, newest
+from tests.integration.pbkd_process import RAY, SMALL, digests, pbkd, until, with_database
 
 WORKER = "ray::RayTrainWorker"
 HANG = """

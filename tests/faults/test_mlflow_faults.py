@@ -11,9 +11,9 @@ import pytest
 
 from pipelines.store import Store
 from pipelines.tracking import default_uri, read_ids, replay
-from tests.faults.long_run import LOCAL, LONG, newest
+from tests.faults.long_run import LONG, newest
 from tests.integration.mlflow_server import free_port, start_server, stop_server
-from tests.integration.pbkd_process import SMALL, digests, pbkd, until, with_database
+from tests.integration.pbkd_process import LOCAL, SMALL, digests, pbkd, until, with_database
 from tests.integration.test_tracking import runs_of
 
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2"}
@@ -44,7 +44,7 @@ def test_a_server_that_is_killed_and_comes_back_in_mid_run_has_all_of_it_at_the_
     try:
         with pbkd("run", SMALL, LOCAL, *settings, **IMPATIENT) as command:
             until(lambda: newest(store.root), "a checkpoint")
-            (worker,) = command.processes("spawn_main")
+            (worker,) = command.processes("pbkd-rank")
             os.kill(worker, signal.SIGSTOP)  # MLflow's server takes longer to start than the training
             until(lambda: any(read_ids(store, name) for name in store.pipelines()), "the first records")
             stop_server(server)

@@ -1,6 +1,8 @@
 """The `pbkd` command as a user types it, and every process that comes of it."""
 
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -8,15 +10,17 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from benchmarks.marked_processes import MARK, marked_processes
+from pipelines.cli import main
 from tests.integration.recorded_pipeline import empty_database
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "integration" / "small.yaml"
+LOCAL, RAY = "compute.executor=local", "compute.executor=ray"
 SECONDS = 300.0  # no single step of a test may take longer, on a crowded machine either
 # A shell that runs the tests in the background has them ignore Ctrl-C, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -88,6 +92,19 @@ def run(*arguments: object, **environment: str) -> dict[str, Any]:
     """The report of `pbkd run ARGUMENTS --json`."""
     with pbkd("run", *arguments, "--json", **environment) as command:
         return command.succeed()
+
+
+def run_here(*arguments: object) -> dict[str, Any]:
+    """The same, called in this process, where nothing is imported again; for runs that nobody disturbs."""
+    out, handlers = io.StringIO(), logging.getLogger().handlers.copy()
+    try:
+        with redirect_stdout(out):
+            code = main(["run", *map(str, arguments), "--json"])
+    finally:
+        logging.getLogger().handlers[:] = handlers
+    assert code == 0, "the reason is in what was captured of stderr"
+    report: dict[str, Any] = json.loads(out.getvalue())
+    return report
 
 
 def with_database(store: Path) -> Path:

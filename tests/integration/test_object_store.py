@@ -100,7 +100,7 @@ def test_killed_and_gone_on_with_on_another_machine_it_ends_with_the_same_weight
     with pbkd("run", *arguments, **one.environment) as command:
         until(lambda: any(store.work(key).names() for key in store.storage.names("work")), "a checkpoint")
         command.signal(signal.SIGKILL)
-        until(lambda: not command.processes("spawn_main"), "the end of the worker")
+        until(lambda: not command.processes("pbkd-rank"), "the end of the worker")
     (key,) = store.storage.names("work")
     assert any(name.startswith("step-") for name in store.work(key).names()) and store.keys() == []
     again = run(*arguments, **other.environment)

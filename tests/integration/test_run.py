@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until, with_database
+from tests.integration.pbkd_process import (
+    LOCAL,
+    RAY,
+    SMALL,
+    digests,
+    pbkd,
+    run,
+    run_here,
+    states,
+    until,
+    with_database,
+)
+from tests.integration.ray_cluster import Cluster
 
-LOCAL, RAY = "compute.executor=local", "compute.executor=ray"
 AGENT = "Agent"  # ray::DashboardAgent, ray::RuntimeEnvAgent
 TEACHER_STEPS = 120
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(SMALL, LOCAL, "--store", with_database(tmp_path_factory.mktemp("local")))
 
 
 def recipe_of(folder: Path, **steps: int) -> Path:
@@ -41,7 +47,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed_long(long: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(long, LOCAL, "--store", with_database(tmp_path_factory.mktemp("undisturbed")))
+    return run_here(long, LOCAL, "--store", with_database(tmp_path_factory.mktemp("undisturbed")))
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +74,17 @@ def journal(store: Path) -> list[dict[str, Any]]:
 
 
 def test_ray_and_this_machine_give_the_same_weights(
-    undisturbed: dict[str, Any], on_ray: tuple[dict[str, Any], Path, str, Path]
+    reference: dict[str, Any], on_ray: tuple[dict[str, Any], Path, str, Path]
 ) -> None:
     report = on_ray[0]
-    assert digests(report) == digests(undisturbed)
+    assert digests(report) == digests(reference)
     assert set(states(report).values()) == {"ran"}
 
 
-def test_another_seed_gives_other_weights(undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    other = run(recipe_of(tmp_path, teacher=12), LOCAL, "seed=1", "--store", with_database(tmp_path))
-    same = run(recipe_of(tmp_path, teacher=12), LOCAL, "--store", tmp_path)
-    assert digests(same)["teacher"] == digests(undisturbed)["teacher"] != digests(other)["teacher"]
+def test_another_seed_gives_other_weights(reference: dict[str, Any], tmp_path: Path) -> None:
+    other = run_here(recipe_of(tmp_path, teacher=12), LOCAL, "seed=1", "--store", with_database(tmp_path))
+    same = run_here(recipe_of(tmp_path, teacher=12), LOCAL, "--store", tmp_path)
+    assert digests(same)["teacher"] == digests(reference)["teacher"] != digests(other)["teacher"]
 
 
 def test_a_good_run_says_a_line_for_each_stage_and_leaves_nothing_in_the_home(
@@ -175,12 +181,13 @@ def test_a_stopped_run_keeps_its_state_leaves_no_process_and_no_lease_and_says_h
 
 
 def test_a_killed_ray_worker_is_replaced_and_the_weights_are_the_same(
-    undisturbed_long: dict[str, Any], tmp_path: Path
+    undisturbed_long: dict[str, Any], ray_cluster: Cluster, tmp_path: Path
 ) -> None:
     recipe, store = recipe_of(tmp_path, teacher=TEACHER_STEPS), with_database(tmp_path)
-    with pbkd("run", recipe, RAY, "compute.fuse=false", "--store", store, "--json") as command:
+    arguments = [recipe, RAY, "compute.fuse=false", "--store", store, "--json"]
+    with pbkd("run", *arguments, **ray_cluster.for_runs()) as command:
         until(lambda: has_checkpoint(store), "a checkpoint")
-        (worker,) = command.processes("ray::RayTrainWorker")
+        (worker,) = ray_cluster.processes("ray::RayTrainWorker")
         os.kill(worker, signal.SIGKILL)
         report = command.succeed()
     assert digests(report)["teacher"] == digests(undisturbed_long)["teacher"]
@@ -197,13 +204,16 @@ def test_a_killed_driver_takes_its_processes_along_and_the_next_goes_on(
         command.signal(signal.SIGKILL)
         # Of Ray's agents some notice only after a minute that its daemons are gone.
         until(lambda: set(command.processes()) <= set(command.processes(AGENT)), "the end of every process")
-    again = run(long, LOCAL, "--store", tmp_path)
+    again = run_here(long, LOCAL, "--store", tmp_path)
     assert states(again) == {"teacher": "reused", "recovered": "ran"}
     assert digests(again) == digests(undisturbed_long)
 
 
-def test_two_workers_give_the_same_weights_on_ray_and_on_this_machine(tmp_path: Path) -> None:
+def test_two_workers_give_the_same_weights_on_ray_and_on_this_machine(
+    ray_cluster: Cluster, tmp_path: Path
+) -> None:
     arguments = [recipe_of(tmp_path, teacher=4, recovered=4), "compute.workers=2"]
-    local = run(*arguments, LOCAL, "--store", with_database(tmp_path / "local"))
-    ray = run(*arguments, RAY, "--store", with_database(tmp_path / "ray"))
+    local = run_here(*arguments, LOCAL, "--store", with_database(tmp_path / "local"))
+    store = with_database(tmp_path / "ray")
+    ray = run(*arguments, RAY, "--store", store, **ray_cluster.for_runs())
     assert digests(local) == digests(ray)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pbkd.storage import Folder
 from pipelines.lease import try_acquire
-from tests.integration.pbkd_process import SMALL, digests, pbkd, run, states, until, with_database
+from tests.integration.pbkd_process import SMALL, digests, pbkd, run_here, states, until, with_database
 
 
 def test_two_pipelines_at_once_run_each_stage_once(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_two_pipelines_at_once_run_each_stage_once(tmp_path: Path) -> None:
 
 def test_two_stages_of_one_recipe_with_one_key_run_once(tmp_path: Path) -> None:
     twin = ["stages.twin.kind=train", "stages.twin.from=pruned", "stages.twin.steps=8"]
-    report = run(SMALL, "compute.executor=local", *twin, "--store", with_database(tmp_path))
+    report = run_here(SMALL, "compute.executor=local", *twin, "--store", with_database(tmp_path))
     found = {stage["name"]: stage for stage in report["stages"]}
     assert found["twin"]["key"] == found["scratch"]["key"]
     assert found["twin"]["run_id"] == found["scratch"]["run_id"]
@@ -37,7 +37,7 @@ def test_a_run_that_lost_a_lease_publishes_nothing_and_waits_for_the_new_owner(t
         key = next(tmp_path.glob("work/*/step-*")).parent.name
         lease = try_acquire(Folder(tmp_path), key, dead=1)  # as another run that thought the first one dead
         assert lease is not None
-        until(lambda: not command.processes("spawn_main"), "the end of the first one's work")
+        until(lambda: not command.processes("pbkd-rank"), "the end of the first one's work")
         assert not any(tmp_path.glob("manifests/*.json"))
         lease.release()  # the other run has failed: the first is to do the stage after all
         report = command.succeed()

@@ -14,7 +14,18 @@ import pytest
 from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from pipelines.tracking import connect, default_uri
-from tests.integration.pbkd_process import ROOT, Pbkd, pbkd, run, states, until, with_database
+from tests.integration.pbkd_process import (
+    LOCAL,
+    ROOT,
+    Pbkd,
+    pbkd,
+    run,
+    run_here,
+    states,
+    until,
+    with_database,
+)
+from tests.integration.ray_cluster import Cluster
 from tune_spaces.objective import Objective
 from tune_spaces.quiet import Quiet
 from tune_spaces.search import Options, Search, Watch, description_of
@@ -37,13 +48,13 @@ def joint(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     return report, store
 
 
-def tuned(store: Path, *arguments: object) -> dict[str, Any]:
-    with pbkd("tune", *arguments, "--store", store, "--json") as command:
+def tuned(store: Path, *arguments: object, **environment: str) -> dict[str, Any]:
+    with pbkd("tune", *arguments, "--store", store, "--json", **environment) as command:
         return command.succeed()
 
 
-def refused(store: Path, *arguments: object) -> str:
-    with pbkd("tune", *arguments, "--store", store) as command:
+def refused(store: Path, *arguments: object, **environment: str) -> str:
+    with pbkd("tune", *arguments, "--store", store, **environment) as command:
         code, out, err = command.wait()
     assert (code, out) == (2, "") and len(err.strip().splitlines()) <= 3, err
     return err
@@ -90,7 +101,7 @@ def test_a_winners_recipe_makes_the_same_weights_again(
     winner = report["winners"][0]
     again = run(winner["recipe"], "--store", store)
     assert set(states(again).values()) == {"reused"}
-    anew = run(winner["recipe"], "compute.executor=local", "--store", with_database(tmp_path / "empty"))
+    anew = run_here(winner["recipe"], LOCAL, "--store", with_database(tmp_path / "empty"))
     assert set(states(anew).values()) == {"ran"}
     assert again["stages"][-1]["digest"] == anew["stages"][-1]["digest"] == winner["digest"]
 
@@ -131,10 +142,10 @@ NAMED = [
 
 @pytest.mark.parametrize(("space", "options"), NAMED, ids=[space for space, _ in NAMED])
 def test_every_named_search_runs_and_shares_with_those_before(
-    space: str, options: tuple[str, ...], joint: tuple[dict[str, Any], Path]
+    space: str, options: tuple[str, ...], joint: tuple[dict[str, Any], Path], ray_cluster: Cluster
 ) -> None:
     _, store = joint
-    report = tuned(store, space, *SMOKE, "--trials", 2, *options)
+    report = tuned(store, space, *SMOKE, "--trials", 2, *options, **ray_cluster.for_runs())
     assert len(finished(report)) == 2 and report["winners"]
     assert report["stages_run"] < report["stages_distinct"]
     has_latency = {trial["latency_ms"] is not None for trial in finished(report)}
@@ -231,19 +242,22 @@ def test_a_search_is_not_gone_on_with_if_it_changed(joint: tuple[dict[str, Any],
     assert "parameters.stages" in refused(store, "pruning_ratios", *LISTED[1:], "--name", "digits-joint")
 
 
-def test_more_trials_at_once_than_there_is_room_for_are_refused(joint: tuple[dict[str, Any], Path]) -> None:
-    said = refused(joint[1], *LISTED, "--name", "wide", "--max-concurrent", 1000)
+def test_more_trials_at_once_than_there_is_room_for_are_refused(
+    joint: tuple[dict[str, Any], Path], ray_cluster: Cluster
+) -> None:
+    wide = (*LISTED, "--name", "wide", "--max-concurrent", 1000)
+    said = refused(joint[1], *wide, **ray_cluster.for_runs())
     assert "each trial needs 1 CPU" in said and "room for" in said
 
 
 def test_a_limit_that_no_trial_keeps_is_told_with_the_nearest_and_can_be_mended(
-    joint: tuple[dict[str, Any], Path],
+    joint: tuple[dict[str, Any], Path], ray_cluster: Cluster
 ) -> None:
-    store = joint[1]
+    store, joined = joint[1], ray_cluster.for_runs()
     limited = ("pruning_ratios", *SMOKE, "compute.workers=2", "--name", "limited", "--trials", 1)
-    said = refused(store, *limited, "--max-macs", 0.01)
+    said = refused(store, *limited, "--max-macs", 0.01, **joined)
     assert "the nearest of" in said and "times the limit" in said and "stages.pruned.macs=" in said
-    (trial,) = finished(tuned(store, *limited, "--max-macs", 0.9))
+    (trial,) = finished(tuned(store, *limited, "--max-macs", 0.9, **joined))
     (student,) = (row for row in Store(store).manifests() if row.digest == trial["digest"])
     assert student.compute["world_size"] == 2
 

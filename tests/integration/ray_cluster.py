@@ -1,0 +1,95 @@
+"""A Ray cluster as an administrator starts it, which `ray job` and `pbkd` commands join."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from benchmarks.marked_processes import MARK, marked_processes
+from tests.integration.pbkd_process import ROOT, SECONDS, until
+
+BIN = Path(sys.executable).parent
+
+
+class Cluster:
+    """A Ray cluster of one node with two CPUs, on loopback, that answers only to its token.
+
+    Attributes:
+        folder: of its token.
+        dashboard: its port.
+        address: of the cluster itself, HOST:PORT.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._mark = uuid.uuid4().hex
+        (folder / "token").write_text("5" * 64)
+        self._home = tempfile.TemporaryDirectory(prefix="pbkd-", dir="/tmp")  # a short name, for sockets
+        port, self.dashboard = _free_ports(2)
+        self.address = f"127.0.0.1:{port}"
+        self._process = subprocess.Popen(
+            [
+                BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
+                "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={self.dashboard}", "--dashboard-agent-listen-port=0",
+                f"--temp-dir={self._home.name}", "--min-worker-port=0", "--max-worker-port=0",
+            ],
+            env=self.environment() | {MARK: self._mark},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    def environment(self, token: str = "token") -> dict[str, str]:
+        """What `ray` needs to reach it, with the token of that file."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PBKD_"))}
+        return kept | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / token),
+            "RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        }
+
+    def ray(self, *words: str, token: str = "token") -> subprocess.CompletedProcess[str]:
+        """What `ray job WORDS` says, typed in the checkout."""
+        return subprocess.run(
+            [BIN / "ray", "job", *words],
+            cwd=ROOT, env=self.environment(token), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=SECONDS, check=False,
+        )  # fmt: skip
+
+    def for_runs(self) -> dict[str, str]:
+        """The environment in which a `pbkd` command joins it."""
+        names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+        return {name: self.environment()[name] for name in names} | {"RAY_ADDRESS": self.address}
+
+    def processes(self, words: str) -> list[int]:
+        """Those with `words` in their command line, of whatever run has joined it."""
+        return marked_processes(self._mark, words)
+
+    def end(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+        until(self._is_over, "the cluster's processes to end")  # they write below its folder until then
+        self._home.cleanup()
+
+    def _is_over(self) -> bool:
+        left = marked_processes(self._mark)
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        return not left
+
+
+def _free_ports(count: int) -> list[int]:
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in servers]
+    for server in servers:
+        server.close()
+    return ports
