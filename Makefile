@@ -1,9 +1,10 @@
 # Two commands do everything on a machine with Python 3.11 or newer, git and make:
 #   make demo    compress a network, from nothing to the result table and a report
-#   make test    every check
+#   make test    every check, in about twenty minutes; make quick takes two
 # And make docs builds the documentation's site into build/site.
 # Both install first, into .venv; nothing outside this folder is touched, except that root on Debian gets python3-venv
-# when it is missing, and for make test what FFCV is built from, Chromium and Slurm (make ffcv, browser, slurm).
+# when it is missing, and for make test what FFCV is built from, Chromium and Slurm (make ffcv, browser, slurm): it says so
+# first, and SYSTEM=no does without.
 # `make setup PYTHON=/path/to/python3` chooses the interpreter.
 
 SHELL := /bin/bash
@@ -52,7 +53,7 @@ $(STAMP): pyproject.toml constraints.txt
 	        echo "       Install one, or name it: make setup PYTHON=/path/to/python3" >&2
 	        exit 1
 	    fi
-	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+	    if [ "$(SYSTEM)" != no ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
 	        echo "setup: $$python has no venv or pip; installing Debian's python3-venv"
 	        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >/dev/null
 	    fi
@@ -177,10 +178,9 @@ test:
 	echo "== pytest"
 	$(PYTEST) || { echo "FAILED: pytest" >&2; exit 1; }
 
-# What is too long for every run: many kills, all faults of Slurm, more examples of the fuzzers; half a day. The figures of
-# the last time are in benchmarks/results.
-proof: test
-	@$(PYTEST) --proof -m proof || { echo "FAILED: pytest --proof" >&2; exit 1; }
+# What is too long for every run, two hours: benchmarks/proof.py. Its last figures are in benchmarks/results/proof.csv.
+proof: setup
+	@$(BIN)/python -m benchmarks.proof
 
 # What can be made again; finished stages in runs/ are work done and stay.
 clean:

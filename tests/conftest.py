@@ -27,38 +27,12 @@ LACKS = {
 }
 """How the reason for a skip begins, by what is lacking."""
 
-SLOW_FIRST = {
-    name: place
-    for place, name in enumerate(
-        (
-            "test_tune.py",
-            "test_slurm.py",
-            "test_run.py",
-            "test_faults.py",
-            "test_recipes.py",
-            "test_documentation.py",
-            "test_ffcv_reader.py",
-            "test_object_store.py",
-            "test_foreign_networks.py",
-            "test_exhaustion.py",
-            "test_ray_job.py",
-            "test_mlflow_in_browser.py",
-            "test_report_in_browser.py",
-            "test_read_only_store.py",
-            "test_faults_on_ray.py",
-            "test_mlflow_faults.py",
-            "test_tracking.py",
-            "test_shared_store.py",
-            "test_bench.py",
-            "test_own_module.py",
-            "test_export_command.py",
-            "test_export.py",
-            "test_storage.py",
-            "test_paired_seeds.py",
-            "test_compare_recipes.py",
-        )  # fmt: skip
-    )
-}
+SLOW_FIRST = [
+    "tune", "slurm", "run", "faults", "recipes", "documentation", "ffcv_reader", "object_store",
+    "foreign_networks", "exhaustion", "ray_job", "mlflow_in_browser", "report_in_browser",
+    "read_only_store", "faults_on_ray", "mlflow_faults", "tracking", "shared_store", "bench",
+    "own_module", "export_command", "export", "storage", "paired_seeds", "compare_recipes",
+]  # fmt: skip
 """Files that take longest, the longest first: begun last, one of them would keep one process busy alone."""
 
 NO_SLURM, NO_MOUNT = LACKS["slurm"], LACKS["mount"]
@@ -108,7 +82,10 @@ def _select(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _select(config, items)
-    items.sort(key=lambda item: SLOW_FIRST.get(item.path.name, len(SLOW_FIRST)))  # the others as they were
+    places = {name: place for place, name in enumerate(SLOW_FIRST)}
+    items.sort(
+        key=lambda item: places.get(item.path.stem.removeprefix("test_"), len(places))
+    )  # the others as they were
     for name, is_missing in MISSING.items():
         for item in items:
             if is_missing and item.get_closest_marker(name):

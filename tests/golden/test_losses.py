@@ -6,6 +6,8 @@ import pytest
 
 from tests.golden.curves import RECORDED, Curves, curves
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4  # relative
 OF_SOLVED = 1e-3  # what is solved in closed form depends on the processor, by some 1e-5
 

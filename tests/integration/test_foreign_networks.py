@@ -67,6 +67,13 @@ SUPPORTED: dict[str, Init] = {
     "timm/resnetv2_50": "inherit",
 }
 
+# One of each sort is tried on every run; the others by `make proof`.
+EVERY_RUN = {
+    "timm/gernet_s", "torchvision/resnet18", "timm/test_resnet", "timm/test_byobnet", "timm/test_convnext",
+    "torchvision/mnasnet0_5", "torchvision/mobilenet_v3_small", "timm/test_efficientnet",
+    "timm/ese_vovnet19b_slim", "torchvision/squeezenet1_1",
+}  # fmt: skip
+
 # architecture -> why it cannot be divided into blocks
 UNSUPPORTED = {
     "torchvision/vit_b_16": "fails at",  # made for images of 224x224
@@ -164,7 +171,10 @@ def check_training(
             assert torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize("arch", SUPPORTED)
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param(arch, marks=() if arch in EVERY_RUN else pytest.mark.proof) for arch in SUPPORTED],
+)
 def test_a_network_is_divided_narrowed_trained_pruned_and_loaded_elsewhere(
     arch: str, data: Data, elsewhere: subprocess.Popen[str], tmp_path: Path
 ) -> None:

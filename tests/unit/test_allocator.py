@@ -9,6 +9,8 @@ import torch
 
 from pbkd.engine import keep_freed_memory
 
+pytestmark = pytest.mark.slow
+
 
 def resident() -> int:
     """Pages of this process in memory."""

@@ -42,6 +42,7 @@ def test_round_trip(kind: str, tmp_path: Path) -> None:
     assert {path.name for path in saved.path.iterdir()} == {"spec.json", "weights.safetensors"}
 
 
+@pytest.mark.slow
 def test_a_pruned_network_gives_equal_logits_in_a_fresh_process(tmp_path: Path) -> None:
     network = Prune(ratio=0.5, round_to=2)._pruned(network_of("bottleneck"))
     saved = artifact.save(network, tmp_path / "pruned")

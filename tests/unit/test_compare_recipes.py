@@ -114,6 +114,7 @@ def test_students_of_one_architecture_are_compared(graph: Graph) -> None:
     assert same("fine_tuned", "recovered", "recovered_at_once", "scratch_e", "scratch_b")
 
 
+@pytest.mark.slow
 def test_the_comparison_runs_at_smoke_size(tmp_path: Path) -> None:
     recipe = load_recipe(RECIPES / "compare_digits.yaml", ["smoke=true", "data.limit=64"])
     graph = build_graph(recipe, None, tmp_path)

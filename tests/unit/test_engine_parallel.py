@@ -12,6 +12,8 @@ from pbkd.networks import BlockNetwork, FeatureNetwork, Features, fresh
 from pbkd.objectives import attention, cross_entropy, local_feature
 from tests.unit.small_networks import digits, random_norms, small_vgg
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 
 

@@ -22,6 +22,8 @@ from pbkd.stages.prune import estimate_norms
 from pbkd.students import StudentSettings, student_block
 from tests.unit.small_networks import digits, small_resnet
 
+pytestmark = pytest.mark.slow
+
 FORMATS: tuple[Format, ...] = ("onnx", "pt2", "safetensors")
 
 

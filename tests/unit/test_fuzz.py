@@ -4,15 +4,19 @@ import contextlib
 import io
 import json
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipelines.cli import main
+
+pytestmark = pytest.mark.slow
 
 SOUND: dict[str, Any] = {
     "name": "fuzz",
@@ -84,7 +88,8 @@ def outcome(text: bytes, overrides: list[str]) -> None:
         assert err.startswith("error: ") and len(err.splitlines()) <= 3, err
 
 
-bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+EXAMPLES = int(os.environ.get("PBKD_EXAMPLES", "20"))  # of each fuzzer; make proof: a thousand
+bounded = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @bounded

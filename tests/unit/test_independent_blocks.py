@@ -11,6 +11,8 @@ from pbkd.networks import BlockNetwork, NetworkSpec, fresh
 from pbkd.stages import Assemble, Block, Context, Member, Progressive, Stage, run_stage
 from tests.unit.small_networks import digits, random_norms, small_resnet, small_vgg
 
+pytestmark = pytest.mark.slow
+
 info = DataSettings(name="digits").describe()
 
 
@@ -43,7 +45,15 @@ def carried_out(members: list[Member], teacher: BlockNetwork) -> BlockNetwork:
     return results[members[-1].name]
 
 
-@pytest.mark.parametrize("spec", [small_vgg(norm=True), small_resnet(base_width=4)], ids=["vgg", "resnet"])
+def of_one_unit_a_block(spec: NetworkSpec) -> NetworkSpec:
+    blocks = [block.model_copy(update={"units": block.units[:1]}) for block in spec.blocks]
+    return spec.model_copy(update={"blocks": tuple(blocks)})
+
+
+RESNET = of_one_unit_a_block(small_resnet(base_width=4))
+
+
+@pytest.mark.parametrize("spec", [small_vgg(norm=True), RESNET], ids=["vgg", "resnet"])
 @pytest.mark.parametrize("init", ["kaiming", "least_squares"])
 def test_in_parallel_and_one_after_another_the_weights_are_the_same(spec: NetworkSpec, init: str) -> None:
     teacher = network_of(spec)

@@ -17,6 +17,8 @@ from pbkd.students import (
 )
 from tests.unit.small_networks import digits, small_bottleneck, small_resnet, small_vgg, trained
 
+pytestmark = pytest.mark.slow
+
 SPECS = {
     "vgg": (small_vgg(norm=False), 30, 0.1),
     "vgg_bn": (small_vgg(norm=True), 10, 0.1),

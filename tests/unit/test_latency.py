@@ -17,6 +17,8 @@ from pipelines.store import Store
 from tests.unit.small_networks import small_resnet, small_vgg
 from tests.unit.test_store import manifest_of
 
+pytestmark = pytest.mark.slow
+
 EAGER = {"latency_ms", "latency_ms_batch32"}
 
 

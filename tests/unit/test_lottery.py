@@ -17,6 +17,8 @@ from pbkd.stages import Context, Distill, Prune, Stage, StageResult, Train, run_
 from pbkd.stages.prune import zero_smallest
 from tests.unit.small_networks import digits, small_resnet, small_vgg
 
+pytestmark = pytest.mark.slow
+
 SPEC = small_resnet(base_width=4)
 SPARSE = Prune(sparsity=0.6, recalibrate_images=40)
 

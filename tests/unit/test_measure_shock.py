@@ -16,6 +16,8 @@ from pbkd.networks import BlockNetwork, fresh, weights_digest
 from pbkd.stages import Context, Distill, Stabilize, Stage, StageResult, Train, run_stage
 from tests.unit.small_networks import digits, random_norms, small_resnet, small_vgg
 
+pytestmark = pytest.mark.slow
+
 RESNET = small_resnet(base_width=4)
 
 

@@ -14,6 +14,8 @@ from pbkd.networks.builders import pretrained_tensors
 from pbkd.stages import Context, Load
 from pbkd.torchvision_compat import import_torchvision
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,8 @@ from pbkd.networks.spec import ClassifierSpec, PlainUnit, PoolSpec
 from pbkd.stages import Context, Progressive, run_stage
 from pbkd.students import receptive_field
 from tests.unit.small_networks import blocks, digits, random_norms
+
+pytestmark = pytest.mark.slow
 
 info = DataSettings(name="digits").describe()
 

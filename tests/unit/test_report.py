@@ -163,6 +163,7 @@ def test_the_tree_forks_where_the_pipeline_does_and_follows_the_student_first(st
     ]
 
 
+@pytest.mark.slow
 def test_every_figure_of_the_page_is_a_file_too(store: Store, tmp_path: Path) -> None:
     stale = tmp_path / "page_figures" / "of_an_earlier_report.png"
     stale.parent.mkdir()
@@ -342,6 +343,7 @@ def test_what_the_store_has_lost_is_named_and_the_rest_is_shown(tmp_path: Path) 
     assert ("accuracy_latency", "wide") not in page.points
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_latest_pipeline_or_the_named_one(
     store: Store, html: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

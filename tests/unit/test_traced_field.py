@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from pbkd.networks import TracedSpec, architecture, fresh, settings_of
 from pbkd.students import traced_receptive_field
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64
 NETWORKS = (
     "torchvision/resnet18",
