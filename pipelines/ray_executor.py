@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CONNECT_SECONDS = 10.0
+LOOPBACK = ("127.0.0.1:", "localhost:")
 OBJECT_STORE_BYTES = 200 * 2**20  # jobs exchange nothing through it
 SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -117,10 +118,11 @@ def connect(store: Store, compute: Compute) -> None:
     if address == "local":
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token(store))
-        # The one way to make all of Ray's servers listen on loopback: elsewhere it takes 127.0.0.1 for the
-        # machine's outer address.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    if address == "local" or address.startswith(LOOPBACK):
+        # Else Ray takes 127.0.0.1 for the machine's outer address: its servers would listen there, and whoever
+        # joins a cluster on loopback would wait for ever.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     _require_answer(address)
     import ray
 
