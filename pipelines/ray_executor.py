@@ -120,8 +120,8 @@ def connect(store: Store, compute: Compute) -> None:
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(_token(store))
         options = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     if address == "local" or address.startswith(LOOPBACK):
-        # Else Ray takes 127.0.0.1 for the machine's outer address: its servers would listen there, and whoever
-        # joins a cluster on loopback would wait for ever.
+        # Else Ray takes 127.0.0.1 for the machine's outer address: its servers would listen there, and a run
+        # that joins a cluster on loopback would wait for ever.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     _require_answer(address)
     import ray
