@@ -24,8 +24,9 @@ PYTHON ?=
 # One more than cores: some tests wait for processes, servers and clocks. Each may start a Ray of its own: two GiB.
 TEST_PROCESSES := 3
 # A file of tests stays with one process, whose fixtures it shares; conftest.py has the slow files begin first. Modules are
-# compiled once, whatever the environment says: tests start a thousand processes.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+# compiled once, whatever the environment says: tests start a thousand processes. Those compute with one thread: two that
+# share a core with others wait for one another most of the time.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 RECIPE := pipelines/recipes/digits.yaml
 
 help:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.integration.pbkd_process import LOCAL, ROOT, SECONDS, SMALL, pbkd, run_here, with_database
+from tests.integration.pbkd_process import LOCAL, ROOT, SECONDS, SMALL, SMOKE, pbkd, run_here, with_database
 
 
 def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
@@ -55,7 +55,7 @@ def demo(folder: Path) -> dict[str, Any]:
     store = with_database(folder / "runs")
     typed = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
     (command,) = re.findall(r"^\.venv/bin/pbkd (run .*)$", typed.stdout, re.MULTILINE)
-    words = [*command.split(), "smoke=true", LOCAL, "--store", str(store)]
+    words = [*command.split(), *SMOKE, LOCAL, "--store", str(store)]
     with pbkd(*words) as run:
         code, out, err = run.wait(4 * SECONDS)  # sixteen stages
     assert code == 0, err

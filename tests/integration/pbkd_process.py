@@ -21,6 +21,8 @@ from tests.integration.recorded_pipeline import empty_database
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "tests" / "integration" / "small.yaml"
 LOCAL, RAY = "compute.executor=local", "compute.executor=ray"
+ONE_THREAD = "compute.threads=1"  # two that share a core with others wait for one another most of the time
+SMOKE = ("smoke=true", ONE_THREAD)
 SECONDS = 300.0  # no single step of a test may take longer, on a crowded machine either
 # A shell that runs the tests in the background has them ignore Ctrl-C, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -28,10 +28,11 @@ import yaml
 
 from pipelines.cli import _add_registered, app, main
 from tests.integration.document_blocks import DOCUMENTS, ROOT, Block, blocks_of, commands_within
+from tests.integration.pbkd_process import LOCAL, SMOKE
 
 DIGITS = "pipelines/recipes/digits.yaml"
 WALK = ROOT / "docs" / "guides" / "walk.md"
-SMALL = ("smoke=true", "compute.executor=local")
+SMALL = (*SMOKE, LOCAL)
 FEW_IMAGES = (*SMALL, "stages.pruned.init_images=64", "stages.blocks.init_images=64")
 
 RUN = ("pbkd inspect", "pbkd init", "pbkd plan", "pbkd run", "pbkd report", "pbkd lineage", "pbkd export",

@@ -15,7 +15,7 @@ from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
 from pipelines.tracking import connect
 from pipelines.ui import pages
-from tests.integration.pbkd_process import ROOT, SMALL, digests, pbkd, run, states, until
+from tests.integration.pbkd_process import ROOT, SMALL, SMOKE, digests, pbkd, run, states, until
 from tests.integration.recorded_pipeline import empty_database
 from tests.integration.s3_server import BUCKET, client, s3_server
 from tune_spaces.objective import Objective
@@ -154,9 +154,9 @@ def test_a_search_has_one_driver_wherever_the_other_one_is_typed(
     one: Machine, other: Machine, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     url, recipe = f"s3://{BUCKET}/searches", ROOT / "pipelines" / "recipes" / "digits.yaml"
-    arguments = ["tune", "joint", str(recipe), "smoke=true", "--store", url]
+    arguments = ["tune", "joint", str(recipe), *SMOKE, "--store", url]
     store = one.open(url, monkeypatch)
-    subject = Subject.of(recipe, load_recipe(recipe, ["smoke=true"]), store, store.root / "cache")
+    subject = Subject.of(recipe, load_recipe(recipe, [*SMOKE]), store, store.root / "cache")
     options = Options("digits-joint", 16, "tpe", 0, None, False)
     goals = Objective(goals=("accuracy",))
     search = Search(subject, open_space("joint", subject), goals, options, store, Watch())

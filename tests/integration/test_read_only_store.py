@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.cli import main
 from tests.conftest import NO_MOUNT
-from tests.integration.pbkd_process import ROOT
+from tests.integration.pbkd_process import ROOT, SMOKE
 
 DIGITS = str(ROOT / "pipelines" / "recipes" / "digits.yaml")
 
@@ -52,7 +52,7 @@ def typed(
 
 
 READING = {
-    ("plan", DIGITS, "smoke=true"): "done",
+    ("plan", DIGITS, *SMOKE): "done",
     ("report",): "report-ID.html",
     ("lineage", "STUDENT"): "teacher",
     ("export", "STUDENT"): "100.00 % of 256 test images get the same class",
@@ -86,7 +86,7 @@ def test_of_what_is_not_there_nothing_is_made(typed: Callable[..., tuple[int, st
 @pytest.mark.parametrize(
     "words",
     [
-        ("run", DIGITS, "smoke=true"),  # all of it finished, too
+        ("run", DIGITS, *SMOKE),  # all of it finished, too
         ("run", DIGITS, "compute.executor=local"),
         ("tune", "joint", DIGITS, "data.val_fraction=0.2"),
         ("ui",),

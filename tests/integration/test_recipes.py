@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from pbkd.networks import NetworkSettings, architecture, fresh
 from pbkd.torchvision_compat import import_torchvision
 from pipelines.cli import main
-from tests.integration.pbkd_process import ROOT, digests, pbkd, run_here, states, with_database
+from tests.integration.pbkd_process import LOCAL, ROOT, SMOKE, digests, pbkd, run_here, states, with_database
 
 RECIPES = sorted((ROOT / "pipelines" / "recipes").glob("*.yaml"))
 RUN_KEYS = ["recipe", "pipeline_run", "store", "seconds", "teacher", "student", "baselines", "stages"]
@@ -61,7 +61,7 @@ def test_a_report_page_has_every_measurement_and_the_recipe_to_repeat_it(
     digits: dict[str, Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     here = ["--store", digits["store"], "--json"]
-    assert main(["report", str(_recipe("digits")), "smoke=true", "compute.executor=local", *here]) == 0
+    assert main(["report", str(_recipe("digits")), *SMOKE, LOCAL, *here]) == 0
     path = Path(json.loads(capfd.readouterr().out)["path"])
     html = path.read_text("utf-8")
     for stage in digits["stages"]:
@@ -106,7 +106,7 @@ def test_the_lineage_leads_from_the_student_to_the_teacher_and_the_data(
 
 
 def test_the_table_for_people_names_every_stage_and_what_to_type_next(digits: dict[str, Any]) -> None:
-    with pbkd("run", _recipe("digits"), "smoke=true", "--store", digits["store"]) as command:
+    with pbkd("run", _recipe("digits"), *SMOKE, "--store", digits["store"]) as command:
         code, out, err = command.wait()
     assert code == 0
     assert all(name in out for name in digests(digits))
@@ -133,7 +133,7 @@ def test_the_imagenet_recipe_runs_on_a_folder_of_images_with_given_weights(tmp_p
     small = [f"data.image_size={IMAGE_SIDE}", "data.num_classes=2", "stages.teacher.network.head=[32]"]
     report = run_here(
         _recipe("imagenet_vgg16_conv"),
-        *("smoke=true", "compute.executor=local", *small, f"data.root={tmp_path}"),
+        *(*SMOKE, LOCAL, *small, f"data.root={tmp_path}"),
         *("--store", with_database(tmp_path / "runs")),
     )
     assert list(states(report)) == [
@@ -153,7 +153,7 @@ REAL = [
 @pytest.mark.parametrize("name", REAL)
 def test_a_recipe_runs_in_small_on_real_data(name: str, tmp_path: Path) -> None:
     """Its own data, but for CIFAR-100's recipe, which takes CIFAR-10 where CIFAR-100 is not to be had."""
-    given = ["smoke=true", "compute.executor=local"]
+    given = [*SMOKE, LOCAL]
     if name == "cifar100_vgg16" and not (Path(os.environ["PBKD_DATA"]) / "cifar-100-python").exists():
         given.append("data.name=cifar10")
     report = run_here(_recipe(name), *given, "--store", with_database(tmp_path))
@@ -169,7 +169,7 @@ def test_an_imagenet_recipe_runs_in_small_on_real_photographs(tmp_path: Path) ->
     given += ["stages.teacher.pretrained=false", f"stages.teacher.weights={tmp_path / 'weights.pt'}"]
     report = run_here(
         _recipe("imagenet_resnet18"),
-        *("smoke=true", "compute.executor=local", *given, "--store", with_database(tmp_path / "runs")),
+        *(*SMOKE, LOCAL, *given, "--store", with_database(tmp_path / "runs")),
     )
     blocks = [f"blocks.{number}" for number in range(1, 5)]
     assert list(states(report)) == ["teacher", *blocks, "stabilized", "distilled"]

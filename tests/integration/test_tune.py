@@ -16,6 +16,7 @@ from pipelines.store import Store
 from pipelines.tracking import connect, default_uri
 from tests.integration.pbkd_process import (
     LOCAL,
+    ONE_THREAD,
     ROOT,
     Pbkd,
     pbkd,
@@ -25,6 +26,7 @@ from tests.integration.pbkd_process import (
     until,
     with_database,
 )
+from tests.integration.pbkd_process import SMOKE as SMALLEST
 from tests.integration.ray_cluster import Cluster
 from tune_spaces.objective import Objective
 from tune_spaces.quiet import Quiet
@@ -33,7 +35,7 @@ from tune_spaces.space import open_space
 from tune_spaces.subject import Subject
 
 DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
-SMOKE = (DIGITS, "smoke=true")
+SMOKE = (DIGITS, *SMALLEST)
 TRIALS = 4
 LISTED = ("joint", *SMOKE, "--sampler", "fixed", "--trials", TRIALS)
 
@@ -167,7 +169,7 @@ def room_of(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 EPOCHS = 4
 SHORT = ("student=distilled", "stages.teacher.epochs=2", f"stages.distilled.epochs={EPOCHS}")
-SHORT = (*SHORT, "stages.blocks.epochs=0", "stages.stabilized.epochs=0")
+SHORT = (*SHORT, ONE_THREAD, "stages.blocks.epochs=0", "stages.stabilized.epochs=0")
 
 
 def test_trials_wait_while_another_search_measures_and_are_stopped_in_mid_stage_if_they_fall_behind(
@@ -271,6 +273,7 @@ def test_a_stopped_search_keeps_its_state_and_leaves_no_process_and_no_lease(tmp
         DIGITS,
         "stages.teacher.epochs=100000",
         "compute.checkpoint_seconds=1000",
+        ONE_THREAD,
     )
     with pbkd("tune", *long, "--store", with_database(tmp_path)) as command:
         until(lambda: any(tmp_path.glob("work/*/progress.jsonl")), "an epoch")
