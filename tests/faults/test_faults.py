@@ -16,16 +16,27 @@ from benchmarks.injected import injected
 from pipelines.store import Store
 from pipelines.tracking import connect, default_uri, replay
 from tests.faults.long_run import LONG, has_checkpoint, leases
-from tests.integration.pbkd_process import LOCAL, SMALL, digests, pbkd, run_here, states, until, with_database
+from tests.integration.pbkd_process import (
+    LOCAL,
+    SMALL,
+    call,
+    digests,
+    pbkd,
+    run_here,
+    states,
+    until,
+    with_database,
+)
 
 KILLS = 2
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path: Path) -> None:
-    expected, steps = undisturbed(tmp_path / "undisturbed", [])
+    few = ["--until", "stabilized"]  # make proof: all stages, and fifty kills
+    expected, steps = undisturbed(tmp_path / "undisturbed", few)
     draw = random.Random(20181)
     for number in range(KILLS):
-        outcome = kill_once(tmp_path / str(number), [], expected, steps, draw, driver=number % 2 == 1)
+        outcome = kill_once(tmp_path / str(number), few, expected, steps, draw, driver=number % 2 == 1)
         assert outcome.survived, number
 
 
@@ -62,8 +73,7 @@ def test_damaged_checkpoints_are_passed_over_with_one_warning(
     damaged = sorted(store.glob("work/*/step-*"), reverse=True)[: len(damages)]
     for path, damage in zip(damaged, damages, strict=True):
         path.write_bytes(damage(path.read_bytes()))
-    with pbkd("run", SMALL, LOCAL, *LONG, "--store", store, "--json") as command:
-        code, out, err = command.wait()
+    code, out, err = call("run", SMALL, LOCAL, *LONG, "--store", store, "--json")
     assert code == 0, err
     assert err.count("warning") == 1
     assert all(err.count(f"{path.name.rpartition('-')[0]} is damaged") == 1 for path in damaged)

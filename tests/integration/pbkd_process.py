@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -96,17 +96,31 @@ def run(*arguments: object, **environment: str) -> dict[str, Any]:
         return command.succeed()
 
 
-def run_here(*arguments: object) -> dict[str, Any]:
-    """The same, called in this process, where nothing is imported again; for runs that nobody disturbs."""
-    out, handlers = io.StringIO(), logging.getLogger().handlers.copy()
+def call(*words: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `pbkd WORDS`, called in this process, where nothing is imported again.
+
+    For commands that nobody disturbs, and that do not start Ray.
+    """
+    out, err, handlers = io.StringIO(), io.StringIO(), logging.getLogger().handlers.copy()
     try:
-        with redirect_stdout(out):
-            code = main(["run", *map(str, arguments), "--json"])
+        with redirect_stdout(out), redirect_stderr(err):
+            code = main([*map(str, words)])
     finally:
         logging.getLogger().handlers[:] = handlers
-    assert code == 0, "the reason is in what was captured of stderr"
-    report: dict[str, Any] = json.loads(out.getvalue())
+    return code, out.getvalue(), err.getvalue()
+
+
+def report_of(*words: object) -> dict[str, Any]:
+    """What `pbkd WORDS --json`, called in this process, says on stdout."""
+    code, out, err = call(*words, "--json")
+    assert code == 0, err
+    report: dict[str, Any] = json.loads(out)
     return report
+
+
+def run_here(*arguments: object) -> dict[str, Any]:
+    """The report of `pbkd run ARGUMENTS --json`, called in this process."""
+    return report_of("run", *arguments)
 
 
 def with_database(store: Path) -> Path:

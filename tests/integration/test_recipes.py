@@ -14,7 +14,17 @@ from safetensors.torch import save_file
 from pbkd.networks import NetworkSettings, architecture, fresh
 from pbkd.torchvision_compat import import_torchvision
 from pipelines.cli import main
-from tests.integration.pbkd_process import LOCAL, ROOT, SMOKE, digests, pbkd, run_here, states, with_database
+from tests.integration.pbkd_process import (
+    LOCAL,
+    ROOT,
+    SMOKE,
+    call,
+    digests,
+    report_of,
+    run_here,
+    states,
+    with_database,
+)
 
 RECIPES = sorted((ROOT / "pipelines" / "recipes").glob("*.yaml"))
 RUN_KEYS = ["recipe", "pipeline_run", "store", "seconds", "teacher", "student", "baselines", "stages"]
@@ -25,6 +35,7 @@ STAGE_KEYS = [
     *("test_accuracy", "test_top5", "val_accuracy", "nll", "ece", "agreement", "kl", "digest"),
 ]
 IMAGE_SIDE = 32
+FEW = "data.limit=16"  # of each split: these networks are large
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -87,8 +98,7 @@ def test_the_lineage_leads_from_the_student_to_the_teacher_and_the_data(
     what: str, digits: dict[str, Any]
 ) -> None:
     student = next(stage for stage in digits["stages"] if stage["name"] == digits["student"])
-    with pbkd("lineage", student[what], "--store", digits["store"], "--json") as command:
-        chain = command.succeed()["chain"]
+    chain = report_of("lineage", student[what], "--store", digits["store"])["chain"]
     assert all(
         list(row) == ["stage", "kind", "key", "run_id", "model_id", "data_digest", "inputs"] for row in chain
     )
@@ -106,8 +116,7 @@ def test_the_lineage_leads_from_the_student_to_the_teacher_and_the_data(
 
 
 def test_the_table_for_people_names_every_stage_and_what_to_type_next(digits: dict[str, Any]) -> None:
-    with pbkd("run", _recipe("digits"), *SMOKE, "--store", digits["store"]) as command:
-        code, out, err = command.wait()
+    code, out, err = call("run", _recipe("digits"), *SMOKE, "--store", digits["store"])
     assert code == 0
     assert all(name in out for name in digests(digits))
     rows = {line.split()[0]: line.split()[1] for line in out.splitlines() if line[:1].isalpha()}
@@ -153,7 +162,7 @@ REAL = [
 @pytest.mark.parametrize("name", REAL)
 def test_a_recipe_runs_in_small_on_real_data(name: str, tmp_path: Path) -> None:
     """Its own data, but for CIFAR-100's recipe, which takes CIFAR-10 where CIFAR-100 is not to be had."""
-    given = [*SMOKE, LOCAL]
+    given = [*SMOKE, LOCAL, FEW]
     if name == "cifar100_vgg16" and not (Path(os.environ["PBKD_DATA"]) / "cifar-100-python").exists():
         given.append("data.name=cifar10")
     report = run_here(_recipe(name), *given, "--store", with_database(tmp_path))
@@ -169,7 +178,7 @@ def test_an_imagenet_recipe_runs_in_small_on_real_photographs(tmp_path: Path) ->
     given += ["stages.teacher.pretrained=false", f"stages.teacher.weights={tmp_path / 'weights.pt'}"]
     report = run_here(
         _recipe("imagenet_resnet18"),
-        *(*SMOKE, LOCAL, *given, "--store", with_database(tmp_path / "runs")),
+        *(*SMOKE, LOCAL, FEW, *given, "--store", with_database(tmp_path / "runs")),
     )
     blocks = [f"blocks.{number}" for number in range(1, 5)]
     assert list(states(report)) == ["teacher", *blocks, "stabilized", "distilled"]

@@ -16,6 +16,7 @@ from tests.integration.pbkd_process import (
     SMALL,
     digests,
     pbkd,
+    report_of,
     run,
     run_here,
     states,
@@ -121,11 +122,12 @@ def test_the_journal_tells_all_that_happened_in_order(on_ray: tuple[dict[str, An
 
 
 def test_a_finished_pipeline_run_again_starts_no_ray_and_records_nothing(
-    on_ray: tuple[dict[str, Any], Path, str, Path],
+    on_ray: tuple[dict[str, Any], Path, str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report, store, _, _ = on_ray
     before = journal(store)
-    again = run(SMALL, RAY, "--store", store, RAY_ADDRESS="127.0.0.1:1")  # where no cluster could be joined
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where no cluster could be joined
+    again = run_here(SMALL, RAY, "--store", store)
     assert set(states(again).values()) == {"reused"}
     assert digests(again) == digests(report)
     assert [stage["run_id"] for stage in again["stages"]] == [stage["run_id"] for stage in report["stages"]]
@@ -137,8 +139,7 @@ def test_what_a_run_did_can_be_planned_from_its_own_record(
 ) -> None:
     report, store, _, _ = on_ray
     (recorded,) = store.glob("pipelines/*/recipe.yaml")
-    with pbkd("plan", recorded, "--store", store, "--json") as command:
-        planned = command.succeed()
+    planned = report_of("plan", recorded, "--store", store)
     assert {stage["key"]: stage["state"] for stage in planned["stages"]} == {
         stage["key"]: "done" for stage in report["stages"]
     }
@@ -149,10 +150,9 @@ def test_a_lost_mlflow_is_completed_by_typing_the_command_again(
 ) -> None:
     report, store, _, _ = on_ray
     (store / "mlflow" / "mlflow.db").unlink()
-    again = run(SMALL, RAY, "--store", store)
+    again = run_here(SMALL, RAY, "--store", store)
     assert all(stage["run_id"] for stage in again["stages"])
-    with pbkd("lineage", again["stages"][-1]["run_id"], "--store", store, "--json") as command:
-        chain = command.succeed()["chain"]
+    chain = report_of("lineage", again["stages"][-1]["run_id"], "--store", store)["chain"]
     assert [row["run_id"] for row in chain if row["stage"] == "teacher"] == [again["stages"][0]["run_id"]]
     assert {stage["run_id"] for stage in again["stages"]}.isdisjoint(
         stage["run_id"] for stage in report["stages"]
