@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pbkd import __version__
 from pipelines.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -111,12 +112,32 @@ def test_help_is_what_one_gets_for_nothing_and_it_names_every_command(
     assert "pbkd run pipelines/recipes/digits.yaml" in out
 
 
-def test_help_imports_nothing_heavy() -> None:
-    """What keeps it under a second."""
-    code = "import sys; from pipelines.cli import main; main(['run', '--help']); print(*sys.modules)"
+HEAVY = {"torch", "ray", "mlflow", "numpy", "matplotlib", "jinja2"}
+LIGHT = {
+    ("run", "--help"): HEAVY | {"omegaconf"},
+    ("-h",): HEAVY | {"omegaconf"},
+    ("--version",): HEAVY | {"omegaconf"},
+    ("rnu",): HEAVY | {"omegaconf"},
+    ("run", "nowhere.yaml"): HEAVY,
+    ("plan", "nowhere.yaml"): HEAVY,
+    ("init", "torchvision/resnet18", "--data", "digits", "--weights", "nowhere.pt"): HEAVY,
+    ("init", "torchvision/resnet18", "--data", "nowhere"): HEAVY,
+    ("plan", str(RECIPES / "digits.yaml")): {"sklearn", "sympy", "torch._dynamo", "ray", "mlflow"},
+}
+
+
+@pytest.mark.parametrize("words", LIGHT, ids=" ".join)
+def test_what_is_cheap_imports_nothing_heavy(words: tuple[str, ...]) -> None:
+    """What keeps help and mistakes under half a second, and a plan at three."""
+    code = f"import sys; from pipelines.cli import main; main({list(words)}); print(*sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     modules = set(found.stdout.splitlines()[-1].split())
     assert "typer" in modules
-    assert modules.isdisjoint({"torch", "ray", "mlflow", "numpy", "omegaconf", "matplotlib", "jinja2"})
+    assert modules.isdisjoint(LIGHT[words])
+
+
+def test_the_version_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"pbkd {__version__}\n"
