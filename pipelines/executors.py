@@ -15,7 +15,8 @@ from collections.abc import MutableSequence, Sequence
 from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
@@ -112,19 +113,20 @@ class InProcessExecutor:
 class LocalExecutor:
     """Each job in fresh processes of this machine, one a rank. A process that dies is started again.
 
-    They are forked from a server that has imported what they need, and computed nothing: without threads and
-    without CUDA, so that a fork of it is sound.
+    They are forked from a server that has imported what they need and computed nothing: it has no threads, so
+    that a fork of it is sound. Where there are GPUs they are spawned: an import may ask CUDA something, and
+    CUDA does not survive a fork.
     """
 
     def __init__(self, compute: Compute) -> None:
         self.concurrency = concurrency(compute, cores())
         self._attempts = compute.max_failures + 1
-        self._processes: set[ForkServerProcess] = set()
+        self._processes: set[BaseProcess] = set()
         self._is_closed = False
         self._lock = threading.Lock()
 
     def run(self, job: Job, name: str) -> None:
-        """Carry out `job` in spawned processes."""
+        """Carry out `job` in processes of its own."""
         # They may reach the whole process group. The driver ends its processes; they inherit this mask.
         resource_tracker.ensure_running()  # its start, which the first process would bring, unblocks them
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -148,8 +150,7 @@ class LocalExecutor:
                 process.kill()
 
     def _attempt(self, job: Job) -> list[int | None]:
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload(PRELOADED)
+        processes = _context(job.compute)
         beats = processes.RawArray("d", job.compute.workers)
         with tempfile.TemporaryDirectory(prefix="pbkd-") as folder:
             meeting = Path(folder) / "meeting"
@@ -171,7 +172,16 @@ class LocalExecutor:
         return [process.exitcode for process in ranks]
 
 
-def _join(ranks: Sequence[ForkServerProcess], beats: Sequence[float], patience: float) -> None:
+def _context(compute: Compute) -> SpawnContext | ForkServerContext:
+    """How processes are started."""
+    if compute.device != "cpu" and torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def _join(ranks: Sequence[BaseProcess], beats: Sequence[float], patience: float) -> None:
     """Wait for all ranks; when one dies, the others would wait for it for ever and are ended.
 
     One whose beat stands still for `patience` seconds, counted while this process runs, does not run: it is
