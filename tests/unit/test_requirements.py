@@ -64,3 +64,40 @@ def test_a_requirement_that_is_none_is_refused(
     found.stderr.fnmatch_lines(
         ["*PBKD_REQUIRE: expected some of ffcv, slurm, browser, mount, data; found ffvc"]
     )
+
+
+SOME = """
+import pytest
+
+def test_that_fails():
+    assert 1 == 2
+
+@pytest.mark.proof
+def test_that_takes_hours():
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            (),
+            [
+                "*test_that_fails failed, at call*",
+                "*assert 1 == 2*",
+                "*= FAILURES =*",
+                "*1 failed, 1 deselected*",
+            ],
+        ),
+        (("--proof",), ["*1 passed, 1 deselected*"]),
+    ],
+)
+def test_a_failure_is_told_at_once_and_proofs_are_run_alone(
+    options: tuple[str, ...], said: list[str], pytester: pytest.Pytester
+) -> None:
+    pytester.makeconftest(CONFTEST.read_text())
+    pytester.makeini("[pytest]\nmarkers =\n    proof\n")
+    pytester.makepyfile(SOME)
+    found = pytester.runpytest_subprocess("-p", "no:cacheprovider", *options)
+    found.stdout.fnmatch_lines(said)
