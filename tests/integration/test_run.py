@@ -150,9 +150,10 @@ def test_a_lost_mlflow_is_completed_by_typing_the_command_again(
 ) -> None:
     report, store, _, _ = on_ray
     (store / "mlflow" / "mlflow.db").unlink()
-    again = run_here(SMALL, RAY, "--store", store)
+    again = run(SMALL, RAY, "--store", store)  # in a process that has not opened the old database
     assert all(stage["run_id"] for stage in again["stages"])
-    chain = report_of("lineage", again["stages"][-1]["run_id"], "--store", store)["chain"]
+    with pbkd("lineage", again["stages"][-1]["run_id"], "--store", store, "--json") as command:
+        chain = command.succeed()["chain"]
     assert [row["run_id"] for row in chain if row["stage"] == "teacher"] == [again["stages"][0]["run_id"]]
     assert {stage["run_id"] for stage in again["stages"]}.isdisjoint(
         stage["run_id"] for stage in report["stages"]
