@@ -16,7 +16,6 @@ from tests.integration.pbkd_process import (
     SMALL,
     digests,
     pbkd,
-    report_of,
     run,
     run_here,
     states,
@@ -122,12 +121,11 @@ def test_the_journal_tells_all_that_happened_in_order(on_ray: tuple[dict[str, An
 
 
 def test_a_finished_pipeline_run_again_starts_no_ray_and_records_nothing(
-    on_ray: tuple[dict[str, Any], Path, str, Path], monkeypatch: pytest.MonkeyPatch
+    on_ray: tuple[dict[str, Any], Path, str, Path],
 ) -> None:
     report, store, _, _ = on_ray
     before = journal(store)
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # where no cluster could be joined
-    again = run_here(SMALL, RAY, "--store", store)
+    again = run(SMALL, RAY, "--store", store, RAY_ADDRESS="127.0.0.1:1")  # where no cluster could be joined
     assert set(states(again).values()) == {"reused"}
     assert digests(again) == digests(report)
     assert [stage["run_id"] for stage in again["stages"]] == [stage["run_id"] for stage in report["stages"]]
@@ -139,7 +137,8 @@ def test_what_a_run_did_can_be_planned_from_its_own_record(
 ) -> None:
     report, store, _, _ = on_ray
     (recorded,) = store.glob("pipelines/*/recipe.yaml")
-    planned = report_of("plan", recorded, "--store", store)
+    with pbkd("plan", recorded, "--store", store, "--json") as command:
+        planned = command.succeed()
     assert {stage["key"]: stage["state"] for stage in planned["stages"]} == {
         stage["key"]: "done" for stage in report["stages"]
     }
@@ -150,7 +149,7 @@ def test_a_lost_mlflow_is_completed_by_typing_the_command_again(
 ) -> None:
     report, store, _, _ = on_ray
     (store / "mlflow" / "mlflow.db").unlink()
-    again = run(SMALL, RAY, "--store", store)  # in a process that has not opened the old database
+    again = run(SMALL, RAY, "--store", store)
     assert all(stage["run_id"] for stage in again["stages"])
     with pbkd("lineage", again["stages"][-1]["run_id"], "--store", store, "--json") as command:
         chain = command.succeed()["chain"]

@@ -18,16 +18,15 @@ from tests.integration.pbkd_process import (
     LOCAL,
     ONE_THREAD,
     ROOT,
-    SMOKE,
     Pbkd,
-    call,
     pbkd,
-    report_of,
+    run,
     run_here,
     states,
     until,
     with_database,
 )
+from tests.integration.pbkd_process import SMOKE as SMALLEST
 from tests.integration.ray_cluster import Cluster
 from tune_spaces.objective import Objective
 from tune_spaces.quiet import Quiet
@@ -36,9 +35,9 @@ from tune_spaces.space import open_space
 from tune_spaces.subject import Subject
 
 DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
-IN_SMALL = (DIGITS, *SMOKE)
+SMOKE = (DIGITS, *SMALLEST)
 TRIALS = 4
-LISTED = ("joint", *IN_SMALL, "--sampler", "fixed", "--trials", TRIALS)
+LISTED = ("joint", *SMOKE, "--sampler", "fixed", "--trials", TRIALS)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +56,8 @@ def tuned(store: Path, *arguments: object, **environment: str) -> dict[str, Any]
 
 
 def refused(store: Path, *arguments: object, **environment: str) -> str:
-    if environment:  # of the cluster where it may find that out
-        with pbkd("tune", *arguments, "--store", store, **environment) as command:
-            code, out, err = command.wait()
-    else:
-        code, out, err = call("tune", *arguments, "--store", store)
+    with pbkd("tune", *arguments, "--store", store, **environment) as command:
+        code, out, err = command.wait()
     assert (code, out) == (2, "") and len(err.strip().splitlines()) <= 3, err
     return err
 
@@ -105,7 +101,7 @@ def test_a_winners_recipe_makes_the_same_weights_again(
 ) -> None:
     report, store = joint
     winner = report["winners"][0]
-    again = run_here(winner["recipe"], "--store", store)
+    again = run(winner["recipe"], "--store", store)
     assert set(states(again).values()) == {"reused"}
     anew = run_here(winner["recipe"], LOCAL, "--store", with_database(tmp_path / "empty"))
     assert set(states(anew).values()) == {"ran"}
@@ -140,23 +136,19 @@ def test_in_mlflow_trials_are_below_their_search_with_the_searched_keys_and_with
 
 
 NAMED = [
-    ("student_widths", 1, ("--objective", "accuracy,latency")),
-    ("pruning_ratios", 2, ("--objective", "accuracy", "--sampler", "nsga2")),
-    ("stabilization_lengths", 1, ()),
+    ("student_widths", ("--objective", "accuracy,latency")),
+    ("pruning_ratios", ("--objective", "accuracy", "--sampler", "nsga2")),
+    ("stabilization_lengths", ()),
 ]
 
 
-@pytest.mark.parametrize(("space", "trials", "options"), NAMED, ids=[space for space, *_ in NAMED])
+@pytest.mark.parametrize(("space", "options"), NAMED, ids=[space for space, _ in NAMED])
 def test_every_named_search_runs_and_shares_with_those_before(
-    space: str,
-    trials: int,
-    options: tuple[str, ...],
-    joint: tuple[dict[str, Any], Path],
-    ray_cluster: Cluster,
+    space: str, options: tuple[str, ...], joint: tuple[dict[str, Any], Path], ray_cluster: Cluster
 ) -> None:
     _, store = joint
-    report = tuned(store, space, *IN_SMALL, "--trials", trials, *options, **ray_cluster.for_runs())
-    assert len(finished(report)) == trials and report["winners"]
+    report = tuned(store, space, *SMOKE, "--trials", 2, *options, **ray_cluster.for_runs())
+    assert len(finished(report)) == 2 and report["winners"]
     assert report["stages_run"] < report["stages_distinct"]
     has_latency = {trial["latency_ms"] is not None for trial in finished(report)}
     assert has_latency == {"accuracy,latency" in options}
@@ -214,7 +206,7 @@ def test_trials_wait_while_another_search_measures_and_are_stopped_in_mid_stage_
 def test_a_report_says_what_the_search_said_and_runs_nothing(joint: tuple[dict[str, Any], Path]) -> None:
     report, store = joint
     before = (store / "searches" / "digits-joint" / "trials.csv").read_text()
-    assert report_of("tune", *LISTED, "--report", "--store", store) == report
+    assert tuned(store, *LISTED, "--report") == report
     assert (store / "searches" / "digits-joint" / "trials.csv").read_text() == before
     said = refused(store, *LISTED, "--name", "unheard", "--report")
     assert "search unheard: not in" in said and "leave out --report to run it" in said
@@ -264,7 +256,7 @@ def test_a_limit_that_no_trial_keeps_is_told_with_the_nearest_and_can_be_mended(
     joint: tuple[dict[str, Any], Path], ray_cluster: Cluster
 ) -> None:
     store, joined = joint[1], ray_cluster.for_runs()
-    limited = ("pruning_ratios", *IN_SMALL, "compute.workers=2", "--name", "limited", "--trials", 1)
+    limited = ("pruning_ratios", *SMOKE, "compute.workers=2", "--name", "limited", "--trials", 1)
     said = refused(store, *limited, "--max-macs", 0.01, **joined)
     assert "the nearest of" in said and "times the limit" in said and "stages.pruned.macs=" in said
     (trial,) = finished(tuned(store, *limited, "--max-macs", 0.9, **joined))
@@ -306,7 +298,7 @@ def test_a_search_whose_driver_and_trial_were_killed_loses_and_repeats_nothing(
 ) -> None:
     arguments = (
         "joint",
-        *IN_SMALL,
+        *SMOKE,
         "--sampler",
         sampler,
         "--trials",

@@ -45,7 +45,7 @@ def bench(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
 def test_two_nodes_give_the_weights_of_two_processes_here_through_a_time_limit_and_nothing_is_left(
     bench: Bench, tmp_path: Path
 ) -> None:
-    settings = ["smoke=true", "compute.workers=2", "compute.fuse=true", "--until", "stabilized"]
+    settings = ["smoke=true", "compute.workers=2", "compute.fuse=true", "--until", "recovered"]
     log = tmp_path / "steps"
     here = run(
         DIGITS, *settings, "compute.executor=local", "--store", with_database(tmp_path / "here"),
