@@ -21,8 +21,8 @@ BROWSER_PACKAGES := chromium fonts-dejavu-core
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client munge mariadb-server iproute2
 SLURM_DAEMONS := slurmctld slurmd slurmdbd sbatch munged mariadbd ip
 PYTHON ?=
-# One more than cores: some tests wait for processes, servers and clocks. Each may start a Ray of its own: two GiB.
-TEST_PROCESSES := 3
+# More need more memory: some tests start a Ray of their own.
+TEST_PROCESSES := 2
 # A file of tests stays with one process, whose fixtures it shares; conftest.py has the slow files begin first. Modules are
 # compiled once, whatever the environment says: tests start a thousand processes. Those compute with one thread: two that
 # share a core with others wait for one another most of the time.
