@@ -145,7 +145,7 @@ system:
 	fi
 	echo "system: as root, this installs Debian's $${wanted[*]}"
 	echo "system: make test SYSTEM=no does without, and skips the tests that need them"
-	packages system "$${wanted[@]}"
+	packages system "$${wanted[@]}" || echo "WARNING: without these, some tests will be SKIPPED" >&2
 
 demo: setup
 	@$(BIN)/pbkd run $(RECIPE)
@@ -161,7 +161,7 @@ lint: setup
 	step mypy
 	step lint-imports --no-logo
 
-# Lint, types and the unit tests that take no time, in two minutes.
+# Lint, types and the unit tests that take no time.
 quick: lint
 	@echo "== pytest, without what is slow"
 	$(PYTEST) -m "not slow" tests/unit tests/golden || { echo "FAILED: pytest" >&2; exit 1; }

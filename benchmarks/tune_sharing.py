@@ -84,7 +84,6 @@ class Together(Search):
         run_trial = super().trainable()
 
         def run(config: dict[str, Any]) -> None:
-            import sklearn.datasets  # noqa: F401 - has the digits
             import torch._dynamo  # noqa: F401 - any optimizer imports it
 
             run_trial(config)

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
 PRELOADED = ["pipelines.jobs", "torch._dynamo"]
-"""What every job imports, the latter with its first optimizer: five seconds of processor time."""
+"""What every job imports; the latter comes with its first optimizer."""
 PR_SET_NAME = 15
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In the environment of what `ray job submit` runs."""

@@ -1,7 +1,7 @@
 """The stage keys of all recipes, as recorded: where a key changes, every store trains a finished stage again.
 
-Keys are computed as on a machine that has the data and the weights: stand-ins give the digests of what is not
-in the repository. Whoever changes a key on purpose says why in CHANGELOG.md and records the keys again:
+Data and weights are not in the repository, so fixed stand-ins take the place of
+their digests. Whoever changes a key on purpose says why in CHANGELOG.md and records the keys again:
 
     python -m tests.golden.keys "a phrase of the new lines of CHANGELOG.md"
 """
