@@ -73,7 +73,7 @@ MISTAKES = {
         "--weights",
         "mine.pt",
     ): "mine.pt: no tensor for 'blocks.0.layer1.2",
-    ("torchvision/resnet18", "--data", "pets", "--weights", "none.pt"): "none.pt: no such weights file",
+    ("torchvision/resnet18", "--data", "pets", "--weights", "none.pt"): "--weights none.pt: no such file",
     ("torchvision/resnet18", "--data", "digits"): "fails at 'conv1' on an image of 1x8x8",
     (
         "torchvision/resnet18",
