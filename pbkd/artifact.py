@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from pbkd.errors import UserError
+from pbkd.errors import StageError, UserError
 from pbkd.networks import AnySpec, BlockNetwork, load_weights, read_spec, weights_digest
 from pbkd.networks.weights import empty
 
@@ -45,9 +46,17 @@ def save(network: BlockNetwork, folder: Path) -> Artifact:
     """Write `network` into `folder`, which is created; leaves it on the CPU and in eval mode.
 
     The logits of a seeded input are written too, and checked at loading.
+
+    Raises:
+        StageError: those logits are not finite; nothing is written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     network = network.cpu().eval()
+    probe = _probe(network)
+    if not all(map(math.isfinite, probe)):
+        raise StageError(
+            "the network's outputs are not finite: it has diverged; lower the rate or clip the gradient"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     weights = weights_digest(tensors)
     spec = network.spec.model_dump(mode="json")
@@ -57,7 +66,7 @@ def save(network: BlockNetwork, folder: Path) -> Artifact:
         "network": spec,
         "weights_digest": weights,
         "digest": digest,
-        "probe": _probe(network),
+        "probe": probe,
     }
     save_file(tensors, folder / WEIGHTS)
     (folder / SPEC).write_text(json.dumps(description, indent=1) + "\n")
@@ -101,9 +110,8 @@ def load(folder: Path) -> BlockNetwork:
     network.eval().requires_grad_(False)
     stored = torch.tensor(json.loads((folder / SPEC).read_text())["probe"])
     found = torch.tensor(_probe(network))
-    if not torch.allclose(
-        found, stored, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(stored.abs().max())
-    ):
+    atol = PROBE_TOLERANCE * float(stored.abs().max())
+    if not (math.isfinite(atol) and torch.allclose(found, stored, rtol=PROBE_TOLERANCE, atol=atol)):
         raise UserError(
             f"{folder}: the network does not compute what it did when it was saved; use its pbkd version"
         )

@@ -24,7 +24,8 @@ class Cluster:
         address: of the cluster itself, HOST:PORT.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
+        """Start one whose workers see the variables of `environment`."""
         self.folder = folder
         self._mark = uuid.uuid4().hex
         (folder / "token").write_text("5" * 64)
@@ -38,7 +39,7 @@ class Cluster:
                 f"--dashboard-port={self.dashboard}", "--dashboard-agent-listen-port=0",
                 f"--temp-dir={self._home.name}", "--min-worker-port=0", "--max-worker-port=0",
             ],
-            env=self.environment() | {MARK: self._mark},
+            env=self.environment() | environment | {MARK: self._mark},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 

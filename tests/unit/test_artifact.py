@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pbkd import artifact
-from pbkd.errors import UserError
+from pbkd.errors import StageError, UserError
 from pbkd.networks import BlockNetwork, fresh
 from pbkd.stages import Prune
 from tests.unit.small_networks import random_norms, small_bottleneck, small_resnet, small_vgg
@@ -62,6 +62,14 @@ save_file({"logits": network(load_file(folder / "x.safetensors")["x"])}, folder 
     with torch.no_grad():
         assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], network(x))
     assert saved.spec.blocks != network_of("bottleneck").spec.blocks
+
+
+def test_a_network_that_diverged_is_not_saved(tmp_path: Path) -> None:
+    network = network_of("vgg")
+    network.state_dict()["classifier.fc1.bias"].fill_(float("inf"))
+    with pytest.raises(StageError, match="outputs are not finite: it has diverged"):
+        artifact.save(network, tmp_path / "diverged")
+    assert not (tmp_path / "diverged").exists()
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
