@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import optuna
 from omegaconf import OmegaConf
-from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
 from pipelines.latency import Latencies
 from pipelines.manifest import Manifest
@@ -136,6 +134,9 @@ def importances(trials: Sequence[Trial], space: Space, objective: Objective) -> 
     ]
     if len(trials) < FEWEST or len(keys) < 2:
         return {}
+    import optuna  # scikit-learn comes with it, which takes seconds
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=[measure.direction for measure in objective.measures])
     study.add_trials([frozen(trial, space, objective) for trial in trials])

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-LONG = ["stages.teacher.steps=200", "compute.checkpoint_steps=5", "--until", "teacher"]
+LONG = ["stages.teacher.steps=120", "compute.checkpoint_steps=5", "--until", "teacher"]
 
 
 def has_checkpoint(store: Path) -> bool:

@@ -38,6 +38,7 @@ class Cluster:
                 "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={self.dashboard}", "--dashboard-agent-listen-port=0",
                 f"--temp-dir={self._home.name}", "--min-worker-port=0", "--max-worker-port=0",
+                "--include-log-monitor=false",
             ],
             env=self.environment() | environment | {MARK: self._mark},
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -35,7 +35,7 @@ STAGE_KEYS = [
     *("test_accuracy", "test_top5", "val_accuracy", "nll", "ece", "agreement", "kl", "digest"),
 ]
 IMAGE_SIDE = 32
-LARGE = ["data.limit=16"]  # images of each split
+LARGE = ["data.limit=8"]  # images of each split
 if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
     LARGE.append("compute.precision=fp32")  # bf16 would be emulated, ten times slower
 

@@ -25,7 +25,7 @@ from tests.integration.pbkd_process import (
 from tests.integration.ray_cluster import Cluster
 
 AGENT = "Agent"  # ray::DashboardAgent, ray::RuntimeEnvAgent
-TEACHER_STEPS = 120
+TEACHER_STEPS = 80
 
 
 def recipe_of(folder: Path, **steps: int) -> Path:
@@ -42,7 +42,7 @@ def recipe_of(folder: Path, **steps: int) -> Path:
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stages that are long enough to be killed in the middle."""
-    return recipe_of(tmp_path_factory.mktemp("recipe"), teacher=TEACHER_STEPS, recovered=300)
+    return recipe_of(tmp_path_factory.mktemp("recipe"), teacher=TEACHER_STEPS, recovered=120)
 
 
 @pytest.fixture(scope="module")

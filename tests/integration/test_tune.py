@@ -19,8 +19,9 @@ from tests.integration.pbkd_process import (
     ONE_THREAD,
     ROOT,
     Pbkd,
+    call,
     pbkd,
-    run,
+    report_of,
     run_here,
     states,
     until,
@@ -35,7 +36,8 @@ from tune_spaces.space import open_space
 from tune_spaces.subject import Subject
 
 DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
-SMOKE = (DIGITS, *SMALLEST)
+SMOKE = (DIGITS, *SMALLEST, "student=pruned", "data.limit=96")
+STAGES = 7
 TRIALS = 4
 LISTED = ("joint", *SMOKE, "--sampler", "fixed", "--trials", TRIALS)
 
@@ -55,9 +57,19 @@ def tuned(store: Path, *arguments: object, **environment: str) -> dict[str, Any]
         return command.succeed()
 
 
-def refused(store: Path, *arguments: object, **environment: str) -> str:
-    with pbkd("tune", *arguments, "--store", store, **environment) as command:
-        code, out, err = command.wait()
+def repeated(store: Path, *arguments: object) -> dict[str, Any]:
+    """What it says of a search that has nothing to do, and so starts no Ray."""
+    return report_of("tune", *arguments, "--store", store)
+
+
+def refused(store: Path, *arguments: object, cluster: Cluster | None = None) -> str:
+    """What it says of a mistake, before it would start Ray, or on a cluster."""
+    typed = ("tune", *arguments, "--store", store)
+    if cluster is None:
+        code, out, err = call(*typed)
+    else:
+        with pbkd(*typed, **cluster.for_runs()) as command:
+            code, out, err = command.wait()
     assert (code, out) == (2, "") and len(err.strip().splitlines()) <= 3, err
     return err
 
@@ -101,7 +113,7 @@ def test_a_winners_recipe_makes_the_same_weights_again(
 ) -> None:
     report, store = joint
     winner = report["winners"][0]
-    again = run(winner["recipe"], "--store", store)
+    again = run_here(winner["recipe"], "--store", store)
     assert set(states(again).values()) == {"reused"}
     anew = run_here(winner["recipe"], LOCAL, "--store", with_database(tmp_path / "empty"))
     assert set(states(anew).values()) == {"ran"}
@@ -130,7 +142,7 @@ def test_in_mlflow_trials_are_below_their_search_with_the_searched_keys_and_with
         assert trial.data.metrics["val_accuracy"] == told["val_accuracy"]
         assert not any("test" in name for name in trial.data.metrics)
         linked = {tag: value for tag, value in trial.data.tags.items() if tag.startswith("pbkd.stage.")}
-        assert linked["pbkd.stage.teacher"] and len(linked) == 9
+        assert linked["pbkd.stage.teacher"] and len(linked) == STAGES
     assert len({trial.data.tags["pbkd.stage.teacher"] for trial in trials}) == 1
     assert any(tag.endswith("pbkd-search-digits-joint") for tag in experiment.tags)
 
@@ -169,7 +181,7 @@ def room_of(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 EPOCHS = 4
 SHORT = ("student=distilled", "stages.teacher.epochs=2", f"stages.distilled.epochs={EPOCHS}")
-SHORT = (*SHORT, ONE_THREAD, "stages.blocks.epochs=0", "stages.stabilized.epochs=0")
+SHORT = (*SHORT, ONE_THREAD, "data.limit=500", "stages.blocks.epochs=0", "stages.stabilized.epochs=0")
 
 
 def test_trials_wait_while_another_search_measures_and_are_stopped_in_mid_stage_if_they_fall_behind(
@@ -200,13 +212,13 @@ def test_trials_wait_while_another_search_measures_and_are_stopped_in_mid_stage_
     assert marked == {f"trial {number}" for number in stopped}
     assert {run.info.status for run in runs if run.info.run_name in marked} == {"KILLED"}
     assert not [run for run in runs if run.info.status == "RUNNING"]
-    assert tuned(store, *early)["trials"] == report["trials"]
+    assert repeated(store, *early)["trials"] == report["trials"]
 
 
 def test_a_report_says_what_the_search_said_and_runs_nothing(joint: tuple[dict[str, Any], Path]) -> None:
     report, store = joint
     before = (store / "searches" / "digits-joint" / "trials.csv").read_text()
-    assert tuned(store, *LISTED, "--report") == report
+    assert repeated(store, *LISTED, "--report") == report
     assert (store / "searches" / "digits-joint" / "trials.csv").read_text() == before
     said = refused(store, *LISTED, "--name", "unheard", "--report")
     assert "search unheard: not in" in said and "leave out --report to run it" in said
@@ -248,18 +260,18 @@ def test_more_trials_at_once_than_there_is_room_for_are_refused(
     joint: tuple[dict[str, Any], Path], ray_cluster: Cluster
 ) -> None:
     wide = (*LISTED, "--name", "wide", "--max-concurrent", 1000)
-    said = refused(joint[1], *wide, **ray_cluster.for_runs())
+    said = refused(joint[1], *wide, cluster=ray_cluster)
     assert "each trial needs 1 CPU" in said and "room for" in said
 
 
 def test_a_limit_that_no_trial_keeps_is_told_with_the_nearest_and_can_be_mended(
     joint: tuple[dict[str, Any], Path], ray_cluster: Cluster
 ) -> None:
-    store, joined = joint[1], ray_cluster.for_runs()
+    store = joint[1]
     limited = ("pruning_ratios", *SMOKE, "compute.workers=2", "--name", "limited", "--trials", 1)
-    said = refused(store, *limited, "--max-macs", 0.01, **joined)
+    said = refused(store, *limited, "--max-macs", 0.01, cluster=ray_cluster)
     assert "the nearest of" in said and "times the limit" in said and "stages.pruned.macs=" in said
-    (trial,) = finished(tuned(store, *limited, "--max-macs", 0.9, **joined))
+    (trial,) = finished(tuned(store, *limited, "--max-macs", 0.9, **ray_cluster.for_runs()))
     (student,) = (row for row in Store(store).manifests() if row.digest == trial["digest"])
     assert student.compute["world_size"] == 2
 
@@ -294,19 +306,11 @@ def kill(command: Pbkd, words: str, number: int = signal.SIGKILL) -> None:
 
 @pytest.mark.parametrize("sampler", ["fixed", "tpe"])
 def test_a_search_whose_driver_and_trial_were_killed_loses_and_repeats_nothing(
-    sampler: str, joint: tuple[dict[str, Any], Path], tmp_path: Path
+    sampler: str, joint: tuple[dict[str, Any], Path], ray_cluster: Cluster, tmp_path: Path
 ) -> None:
-    arguments = (
-        "joint",
-        *SMOKE,
-        "--sampler",
-        sampler,
-        "--trials",
-        TRIALS,
-        "--store",
-        with_database(tmp_path),
-    )
-    with pbkd("tune", *arguments) as command:
+    store = with_database(tmp_path)
+    arguments = ("joint", *SMOKE, "--sampler", sampler, "--trials", TRIALS)
+    with pbkd("tune", *arguments, "--store", store) as command:
         until(lambda: any((tmp_path / "manifests").glob("*.json")), "a finished stage")
         if sampler == "tpe":
             kill(command, "ray::ImplicitFunc")  # Ray starts it again
@@ -316,8 +320,7 @@ def test_a_search_whose_driver_and_trial_were_killed_loses_and_repeats_nothing(
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "manifests").glob("*.json")}
     drawn = {record["number"]: record["params"] for record in records(tmp_path, "digits-joint", "trial")}
     results = records(tmp_path, "digits-joint", "result")
-    with pbkd("tune", *arguments, "--json") as command:
-        report = command.succeed()
+    report = tuned(store, *arguments, **ray_cluster.for_runs())
     assert len(finished(report)) == TRIALS
     table = {trial["number"]: trial["params"] for trial in report["trials"]}
     assert {number: table[number] for number in drawn} == drawn

@@ -18,7 +18,6 @@ from pipelines.cli import main
 from tests.integration.pbkd_process import ROOT, SMALL, digests, run, with_database
 from tests.unit.image_folders import save_folder
 
-DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
 LOG_SAMPLES = """
 import os
 
@@ -45,14 +44,14 @@ def bench(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
 def test_two_nodes_give_the_weights_of_two_processes_here_through_a_time_limit_and_nothing_is_left(
     bench: Bench, tmp_path: Path
 ) -> None:
-    settings = ["smoke=true", "compute.workers=2", "compute.fuse=true", "--until", "recovered"]
+    settings = ["compute.workers=2", "compute.fuse=true", "--until", "recovered"]
     log = tmp_path / "steps"
     here = run(
-        DIGITS, *settings, "compute.executor=local", "--store", with_database(tmp_path / "here"),
+        SMALL, *settings, "compute.executor=local", "--store", with_database(tmp_path / "here"),
         **injected(LOG_STEPS, tmp_path / "hook"), PBKD_FAULTS_LOG=str(log),
     )  # fmt: skip
     store = bench.store()
-    job = Job(bench, store, *settings, "compute.placement=spread", recipe=DIGITS, hook=LOG_HOSTS)
+    job = Job(bench, store, *settings, "compute.placement=spread", recipe=SMALL, hook=LOG_HOSTS)
     job.wait_for_steps(1)
     time_limit(job, bench)
     end = job.wait()
@@ -64,7 +63,7 @@ def test_two_nodes_give_the_weights_of_two_processes_here_through_a_time_limit_a
     assert set((store.parent / "steps.hosts").read_text().split()) == {"n1", "n2"}, "both trained"
     assert job.is_clean()
 
-    again = Job(bench, store, *settings, recipe=DIGITS)  # finished: it ends at once
+    again = Job(bench, store, *settings, recipe=SMALL)  # finished: it ends at once
     assert again.wait()["code"] == 0
     assert len(again.steps()) == len(job.steps())
     assert again.is_clean()
