@@ -48,13 +48,14 @@ def save(network: BlockNetwork, folder: Path) -> Artifact:
     The logits of a seeded input are written too, and checked at loading.
 
     Raises:
-        StageError: those logits are not finite; nothing is written.
+        StageError: they are not finite; nothing is written.
     """
     network = network.cpu().eval()
     probe = _probe(network)
     if not all(map(math.isfinite, probe)):
         raise StageError(
-            "the network's outputs are not finite: it has diverged; lower the rate or clip the gradient"
+            "the network's logits are not finite: its training diverged, or its given weights are damaged\n"
+            "lower the rate, clip the gradient, or give other weights"
         )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
@@ -98,7 +99,8 @@ def load(folder: Path) -> BlockNetwork:
     """The network of an artifact, on the CPU, in eval mode, without gradients.
 
     Raises:
-        UserError: weights are missing, do not match their digest, or do not give the stored logits.
+        UserError: weights are missing, do not match their digest, or do not give the stored logits; or those
+            are not finite.
     """
     artifact = read(folder)
     path = folder / WEIGHTS
@@ -110,8 +112,12 @@ def load(folder: Path) -> BlockNetwork:
     network.eval().requires_grad_(False)
     stored = torch.tensor(json.loads((folder / SPEC).read_text())["probe"])
     found = torch.tensor(_probe(network))
+    if not stored.isfinite().all():
+        raise UserError(
+            f"{folder}: the network's logits are not finite: its training diverged; train it again"
+        )
     atol = PROBE_TOLERANCE * float(stored.abs().max())
-    if not (math.isfinite(atol) and torch.allclose(found, stored, rtol=PROBE_TOLERANCE, atol=atol)):
+    if not torch.allclose(found, stored, rtol=PROBE_TOLERANCE, atol=atol):
         raise UserError(
             f"{folder}: the network does not compute what it did when it was saved; use its pbkd version"
         )

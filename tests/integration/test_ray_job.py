@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -41,7 +41,9 @@ def steps(cluster: Cluster) -> list[str]:
     return [line.partition(" ")[2] for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def submit(cluster: Cluster, store: Path | None, *words: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    cluster: Cluster, store: Path | None, *words: str, overrides: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
     """The command of docs/clusters.md."""
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": "60"} | ({"PBKD_STORE": str(store)} if store else {})
     environment = json.dumps({"env_vars": variables})
@@ -56,6 +58,7 @@ def submit(cluster: Cluster, store: Path | None, *words: str) -> subprocess.Comp
         "pbkd",
         "run",
         *TRAINING,
+        *overrides,
     )
 
 
@@ -103,9 +106,5 @@ def test_a_store_that_goes_with_the_job_is_refused(cluster: Cluster) -> None:
 
 
 def test_what_the_cluster_can_never_give_is_refused(cluster: Cluster, tmp_path: Path) -> None:
-    TRAINING.append("compute.workers=3")
-    try:
-        refused = submit(cluster, tmp_path / "runs")
-    finally:
-        TRAINING.pop()
+    refused = submit(cluster, tmp_path / "runs", overrides=["compute.workers=3"])
     assert "compute.workers=3: each worker needs 1 CPU on one node; there is room for 2" in refused.stdout

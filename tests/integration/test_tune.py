@@ -37,7 +37,7 @@ from tune_spaces.subject import Subject
 
 DIGITS = ROOT / "pipelines" / "recipes" / "digits.yaml"
 SMOKE = (DIGITS, *SMALLEST, "student=pruned", "data.limit=96")
-STAGES = 7
+STAGES = 7  # of its student
 TRIALS = 4
 LISTED = ("joint", *SMOKE, "--sampler", "fixed", "--trials", TRIALS)
 
@@ -311,25 +311,25 @@ def test_a_search_whose_driver_and_trial_were_killed_loses_and_repeats_nothing(
     store = with_database(tmp_path)
     arguments = ("joint", *SMOKE, "--sampler", sampler, "--trials", TRIALS)
     with pbkd("tune", *arguments, "--store", store) as command:
-        until(lambda: any((tmp_path / "manifests").glob("*.json")), "a finished stage")
+        until(lambda: any((store / "manifests").glob("*.json")), "a finished stage")
         if sampler == "tpe":
             kill(command, "ray::ImplicitFunc")  # Ray starts it again
-        until(lambda: records(tmp_path, "digits-joint", "result"), "a finished trial")
+        until(lambda: records(store, "digits-joint", "result"), "a finished trial")
         command.signal(signal.SIGKILL)
         until(lambda: not command.processes("ray::ImplicitFunc"), "the end of its trials")
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "manifests").glob("*.json")}
-    drawn = {record["number"]: record["params"] for record in records(tmp_path, "digits-joint", "trial")}
-    results = records(tmp_path, "digits-joint", "result")
+    before = {path.name: path.stat().st_mtime_ns for path in (store / "manifests").glob("*.json")}
+    drawn = {record["number"]: record["params"] for record in records(store, "digits-joint", "trial")}
+    results = records(store, "digits-joint", "result")
     report = tuned(store, *arguments, **ray_cluster.for_runs())
     assert len(finished(report)) == TRIALS
     table = {trial["number"]: trial["params"] for trial in report["trials"]}
     assert {number: table[number] for number in drawn} == drawn
-    assert records(tmp_path, "digits-joint", "result")[: len(results)] == results
-    assert before == {name: (tmp_path / "manifests" / name).stat().st_mtime_ns for name in before}
+    assert records(store, "digits-joint", "result")[: len(results)] == results
+    assert before == {name: (store / "manifests" / name).stat().st_mtime_ns for name in before}
     for trial in report["trials"]:
-        journal = tmp_path / "pipelines" / f"digits-joint.{trial['number']:04d}" / "journal.jsonl"
+        journal = store / "pipelines" / f"digits-joint.{trial['number']:04d}" / "journal.jsonl"
         assert trial["stages_run"] == len(ran(journal))
-    begun = [key for path in tmp_path.glob("pipelines/*/journal.jsonl") for key in started(path)]
+    begun = [key for path in store.glob("pipelines/*/journal.jsonl") for key in started(path)]
     assert {key for key in begun if begun.count(key) > 1}.isdisjoint(
         name.removesuffix(".json") for name in before
     )

@@ -67,9 +67,20 @@ save_file({"logits": network(load_file(folder / "x.safetensors")["x"])}, folder 
 def test_a_network_that_diverged_is_not_saved(tmp_path: Path) -> None:
     network = network_of("vgg")
     network.state_dict()["classifier.fc1.bias"].fill_(float("inf"))
-    with pytest.raises(StageError, match="outputs are not finite: it has diverged"):
+    with pytest.raises(StageError, match="logits are not finite: its training diverged"):
         artifact.save(network, tmp_path / "diverged")
     assert not (tmp_path / "diverged").exists()
+
+
+def test_a_network_that_diverged_and_was_saved_nevertheless_is_not_loaded(tmp_path: Path) -> None:
+    """As versions before did."""
+    saved = artifact.save(network_of("vgg"), tmp_path)
+    path = saved.path / "spec.json"
+    described = json.loads(path.read_text())
+    described["probe"][0] = float("nan")
+    path.write_text(json.dumps(described))
+    with pytest.raises(UserError, match="logits are not finite: its training diverged; train it again"):
+        artifact.load(tmp_path)
 
 
 def test_other_weights_are_refused(tmp_path: Path) -> None:
