@@ -13,6 +13,7 @@ from pbkd.students import StudentSettings, receptive_field, student_block
 from tests.unit.small_networks import blocks
 
 
+@pytest.mark.slow
 @given(blocks, st.sampled_from((0.5, 0.75, 1.0)), st.booleans(), st.booleans(), st.integers(57, 64))
 @settings(max_examples=60, deadline=None)
 def test_receptive_field_output_shape_and_stride_are_kept(

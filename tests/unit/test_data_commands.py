@@ -15,7 +15,7 @@ from pipelines.cli import main
 from tests.conftest import NO_MOUNT
 from tests.unit.image_folders import picture, save_folder
 
-pytestmark = pytest.mark.ffcv  # for libturbojpeg, which comes with it
+pytestmark = [pytest.mark.slow, pytest.mark.ffcv]  # for libturbojpeg, which comes with it
 
 ROOT = Path(__file__).parents[2]
 COMPLETE = ["test.beton", "test.beton.json", "train.beton", "train.beton.json"]

@@ -14,6 +14,8 @@ from pipelines.guard import Guard
 from pipelines.lease import try_acquire
 from tests.integration.pbkd_process import until
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 KEY = "ab" * 32
 

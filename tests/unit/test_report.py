@@ -18,6 +18,8 @@ from pipelines.reporting.write import write
 from pipelines.store import Store
 from tests.integration.recorded_pipeline import digest, journal_of, publish
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PIPELINE, EARLIER, START = "0a1b2c3d4e5f", "0a1b00000000", 1_763_000_000.25
 
@@ -163,7 +165,6 @@ def test_the_tree_forks_where_the_pipeline_does_and_follows_the_student_first(st
     ]
 
 
-@pytest.mark.slow
 def test_every_figure_of_the_page_is_a_file_too(store: Store, tmp_path: Path) -> None:
     stale = tmp_path / "page_figures" / "of_an_earlier_report.png"
     stale.parent.mkdir()
@@ -343,7 +344,6 @@ def test_what_the_store_has_lost_is_named_and_the_rest_is_shown(tmp_path: Path) 
     assert ("accuracy_latency", "wide") not in page.points
 
 
-@pytest.mark.slow
 def test_the_command_writes_the_latest_pipeline_or_the_named_one(
     store: Store, html: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -12,6 +12,8 @@ from slurm.allocation import load_allocation, parse_minutes
 from slurm.fingerprint import Fingerprint
 from slurm.records import End, JobRecord, read_end, read_job, state, write_end, write_job
 
+pytestmark = pytest.mark.slow
+
 VALIDATION = "data.val_fraction=0.2"
 RECORDED = Path(__file__).with_name("slurm_submission.sh")
 PROFILES = """

@@ -61,6 +61,7 @@ def test_the_named_spaces_find_what_a_recipe_has(digits: Subject) -> None:
 RECIPES = sorted((ROOT / "pipelines" / "recipes").glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != "imagenet_resnet50"], ids=lambda p: p.stem)
 def test_the_joint_space_fits_every_recipe_and_can_be_planned(path: Path, tmp_path: Path) -> None:
     subject = subject_of(path, cache=tmp_path)
