@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import json
 import logging
 import os
@@ -37,7 +35,6 @@ ENVIRONMENT = {
     # It reports to its makers unless told not to.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-OBJECTS_BETWEEN_COLLECTIONS = 20_000
 WIDTH_WITHOUT_TERMINAL = 140
 COSTS = ("params", "nonzero_params", "macs", "nonzero_macs", "macs_ratio", "memory_peak_mb")
 QUALITIES = ("test_accuracy", "test_top5", "val_accuracy", "nll", "ece", "agreement", "kl")
@@ -208,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    _collect_seldom()
+    import pipelines.seldom_collected  # noqa: F401
+
     _add_registered()
     try:
         code = app(
@@ -229,13 +227,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(reason)
         return 2 if isinstance(error, UserError) else 1
     return int(code or 0)
-
-
-@cache
-def _collect_seldom() -> None:
-    """Importing torch makes a million objects and no garbage: looking for it was a quarter of `pbkd plan`."""
-    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
-    atexit.register(gc.freeze)
 
 
 @cache

@@ -32,8 +32,8 @@ from pipelines.store import Store
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
-PRELOADED = ["pipelines.jobs", "torch._dynamo"]
-"""What every job imports; the latter comes with its first optimizer."""
+PRELOADED = ["pipelines.seldom_collected", "pipelines.jobs", "torch._dynamo"]
+"""What every job imports, in this order; the last comes with its first optimizer."""
 PR_SET_NAME = 15
 SUBMITTED_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """In the environment of what `ray job submit` runs."""

@@ -13,6 +13,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import pipelines.seldom_collected  # noqa: F401 - before torch, in Ray's processes too
 from pbkd.errors import StageError, UserError
 from pipelines.executors import concurrency
 from pipelines.jobs import GaveUp, Job, carry_out
@@ -31,6 +32,7 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each job, and nobody here asks it
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # how long a worker that does not answer is asked to end
     "RAY_USAGE_STATS_ENABLED": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # how often the memory of each process is added up
 }
 
 

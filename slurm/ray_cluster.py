@@ -149,6 +149,7 @@ class RayNode:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
+            "REPORTER_UPDATE_INTERVAL_MS": "60000",
             # Ray would give way to everybody (nice 15), and starve on a shared node.
             "RAY_worker_niceness": "0",
             "OMP_WAIT_POLICY": "PASSIVE",

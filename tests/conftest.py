@@ -156,7 +156,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Cluster]"
 
     cluster = Cluster(tmp_path_factory.mktemp("ray"))
     try:
-        until(lambda: cluster.ray("list").returncode == 0, "the cluster to answer")
+        until(cluster.answers, "the cluster to answer")
         yield cluster
     finally:
         cluster.end()

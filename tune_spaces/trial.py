@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pipelines.seldom_collected  # noqa: F401 - before torch, in Ray's processes too
 from pbkd.errors import StageError, UserError
 from pbkd.stages.base import TrainingStage
 from pipelines.driver import Driver, Outcome

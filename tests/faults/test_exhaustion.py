@@ -25,9 +25,13 @@ from tests.integration.pbkd_process import (
 
 
 @pytest.mark.parametrize("executor", [LOCAL, RAY])
-def test_too_little_memory_is_explained(executor: str, tmp_path: Path) -> None:
+def test_too_little_memory_is_explained(
+    executor: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     absurd = "stages.teacher.network.base_width=200000"  # terabytes
-    with pbkd("run", SMALL, executor, *LONG, absurd, "--store", with_database(tmp_path)) as command:
+    arguments = ["run", SMALL, executor, absurd, "--store", with_database(tmp_path)]
+    joined = request.getfixturevalue("ray_cluster").for_runs() if executor == RAY else {}
+    with pbkd(*arguments, **joined) as command:
         code, out, err = command.wait()
     assert (code, out) == (1, "")
     assert "stages.teacher: out of memory" in err and "lower data.batch_size" in err

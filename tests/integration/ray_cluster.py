@@ -8,6 +8,7 @@ import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 from benchmarks.marked_processes import MARK, marked_processes
 from tests.integration.pbkd_process import ROOT, SECONDS, until
@@ -53,6 +54,7 @@ class Cluster:
             "RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "REPORTER_UPDATE_INTERVAL_MS": "60000",
             "RAY_worker_niceness": "0",
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         }
@@ -64,6 +66,18 @@ class Cluster:
             cwd=ROOT, env=self.environment(token), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, timeout=SECONDS, check=False,
         )  # fmt: skip
+
+    def answers(self) -> bool:
+        """Whether it takes jobs."""
+        token = (self.folder / "token").read_text()
+        jobs = Request(
+            f"http://127.0.0.1:{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
+        )
+        try:
+            with urlopen(jobs, timeout=SECONDS) as answer:
+                return bool(answer.status == 200)
+        except OSError:  # among them HTTP's errors
+            return False
 
     def for_runs(self) -> dict[str, str]:
         """The environment in which a `pbkd` command joins it."""

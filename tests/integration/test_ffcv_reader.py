@@ -441,14 +441,17 @@ def on(root: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("executor", ["local", "ray"])
 def test_a_pipeline_trains_from_betons_and_its_manifests_say_so(
-    photographs: Path, executor: str, tmp_path: Path
+    photographs: Path, executor: str, tmp_path: Path, request: pytest.FixtureRequest
 ):
-    workers = 2 if executor == "local" else 1
+    workers, joined = 2, {}
+    if executor == "ray":
+        workers, joined = 1, request.getfixturevalue("ray_cluster").for_runs()
     relative = Path(os.path.relpath(photographs, ROOT))  # workers on Ray have another current folder
     settings = on(relative, f"compute.executor={executor}", f"compute.workers={workers}")
-    report = run(RECIPE, *settings, "--until", "teacher", "--store", with_database(tmp_path / "runs"))
+    store = with_database(tmp_path / "runs")
+    report = run(RECIPE, *settings, "--until", "teacher", "--store", store, **joined)
     assert states(report) == {"teacher": "ran"}
-    manifest = Store(tmp_path / "runs").manifest(report["stages"][0]["key"])
+    manifest = Store(store).manifest(report["stages"][0]["key"])
     assert manifest is not None and manifest.compute["data_loader"] == "ffcv"
 
 

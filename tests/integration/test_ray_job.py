@@ -29,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     started = Cluster(folder, PBKD_FAULTS_LOG=str(folder / "steps"), **injected(LOG_STEPS, folder / "hook"))
     try:
-        until(lambda: started.ray("list").returncode == 0, "the cluster to answer")
+        until(started.answers, "the cluster to answer")
         yield started
     finally:
         started.end()

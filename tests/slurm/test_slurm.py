@@ -15,7 +15,7 @@ from benchmarks.slurm_faults import LOG_HOSTS, time_limit
 from benchmarks.slurm_jobs import Bench, Job
 from benchmarks.slurm_lab import SlurmLab
 from pipelines.cli import main
-from tests.integration.pbkd_process import ROOT, SMALL, digests, run, with_database
+from tests.integration.pbkd_process import ROOT, SMALL, run, with_database
 from tests.unit.image_folders import save_folder
 
 LOG_SAMPLES = """
@@ -25,14 +25,16 @@ def log_samples(module):
     from hashlib import sha256
     take_step = module._Training.take_step
     def logged(training, images, *arguments):
+        stage = os.path.basename(training.session._storage.location())  # its key
         names = [sha256(image.numpy().tobytes()).hexdigest() for image in images]
         with open(os.environ["PBKD_FAULTS_LOG"] + ".samples", "a") as log:
-            log.write(" ".join([str(training.step), *names]) + "\\n")
+            log.write(" ".join([stage, str(training.step), *names]) + "\\n")
         take_step(training, images, *arguments)
     module._Training.take_step = logged
 
 when_imported("pbkd.engine.loop", log_samples)
 """
+EPOCHS = 5
 
 
 @pytest.fixture(scope="module")
@@ -41,78 +43,73 @@ def bench(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
         yield bench
 
 
-def test_two_nodes_give_the_weights_of_two_processes_here_through_a_time_limit_and_nothing_is_left(
+def test_two_nodes_train_as_two_processes_here_and_as_one_through_a_time_limit_and_nothing_is_left(
     bench: Bench, tmp_path: Path
 ) -> None:
-    settings = ["compute.workers=2", "compute.fuse=true", "--until", "recovered"]
-    log = tmp_path / "steps"
-    here = run(
-        SMALL, *settings, "compute.executor=local", "--store", with_database(tmp_path / "here"),
-        **injected(LOG_STEPS, tmp_path / "hook"), PBKD_FAULTS_LOG=str(log),
-    )  # fmt: skip
-    store = bench.store()
-    job = Job(bench, store, *settings, "compute.placement=spread", recipe=SMALL, hook=LOG_HOSTS)
-    job.wait_for_steps(1)
-    time_limit(job, bench)
-    end = job.wait()
-    assert (end["code"], end["begun"]) == (0, 2), job.logs()
-    made = {path.stem: json.loads(path.read_bytes())["digest"] for path in store.glob("manifests/*.json")}
-    assert made == {stage["key"]: stage["digest"] for stage in here["stages"]}
-    assert set(digests(here).values()) == set(made.values())
-    assert len(job.steps()) == len(log.read_text().splitlines()), "no step was lost or repeated"
-    assert set((store.parent / "steps.hosts").read_text().split()) == {"n1", "n2"}, "both trained"
-    assert job.is_clean()
-
-    again = Job(bench, store, *settings, recipe=SMALL)  # finished: it ends at once
-    assert again.wait()["code"] == 0
-    assert len(again.steps()) == len(job.steps())
-    assert again.is_clean()
-
-
-def test_two_nodes_train_as_one_process_does(bench: Bench, tmp_path: Path) -> None:
-    """The same global batches: without BatchNorm, which on CPUs knows only its rank's share, or dropout."""
+    """As one: with a network without BatchNorm, which on CPUs knows only its rank's share, or dropout."""
     images = save_folder(tmp_path / "images", train=16)  # a VGG halves its images five times
     settings = [
         "stages.teacher.network={arch: vgg11, head: [], base_width: null}",
         f"data={{name: folder, root: {images}, num_classes: 3, image_size: 32, batch_size: 9}}",
         "data.augment=none", "data.val_fraction=0.125",
-        "stages.teacher.steps=null", "stages.teacher.epochs=5", "stages.teacher.optimizer={lr: 0.01}",
-        "--until", "teacher",
+        "stages.teacher.steps=null", f"stages.teacher.epochs={EPOCHS}", "stages.teacher.optimizer={lr: 0.01}",
     ]  # fmt: skip
-    here, store = tmp_path / "here", bench.store()
-    run(
-        SMALL, *settings, "compute.executor=local", "--store", with_database(here),
-        **injected(LOG_SAMPLES, tmp_path / "hook"), PBKD_FAULTS_LOG=str(tmp_path / "steps"),
+    two = ["compute.workers=2", "compute.fuse=true", "--until", "recovered"]
+    alone, together = tmp_path / "alone" / "steps", tmp_path / "together" / "steps"
+    one_here, two_here = (
+        run(
+            SMALL, *settings, *words, "compute.executor=local", "--store", with_database(log.parent / "runs"),
+            **injected(LOG_STEPS + LOG_SAMPLES, log.parent / "hook"), PBKD_FAULTS_LOG=str(log),
+        )
+        for words, log in ((["--until", "teacher"], alone), (two, together))
     )  # fmt: skip
-    spread = ["compute.workers=2", "compute.placement=spread"]
-    job = Job(bench, store, *settings, *spread, recipe=SMALL, hook=LOG_SAMPLES)
-    assert job.wait()["code"] == 0, job.logs()
-    (one,), (two,) = (
-        [json.loads(path.read_bytes())["history"] for path in place.glob("manifests/*.json")]
-        for place in (here, store)
+    store = bench.store()
+    job = Job(
+        bench, store, *settings, *two, "compute.placement=spread", recipe=SMALL, hook=LOG_SAMPLES + LOG_HOSTS
     )
-    assert [row["step"] for row in one] == [row["step"] for row in two]
-    losses = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in (one, two)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[0][-1] < losses[0][0] - 0.03
+    job.wait_for_steps(1)
+    time_limit(job, bench)
+    end = job.wait()
+    assert (end["code"], end["begun"]) == (0, 2), job.logs()
+    made = {path.stem: json.loads(path.read_bytes())["digest"] for path in store.glob("manifests/*.json")}
+    assert made == {stage["key"]: stage["digest"] for stage in two_here["stages"]}
+    assert len(job.steps()) == len(together.read_text().splitlines()), "no step was lost or repeated"
+    assert set((store.parent / "steps.hosts").read_text().split()) == {"n1", "n2"}, "both trained"
     assert job.is_clean()
 
-    alone, together = samples(tmp_path / "steps"), samples(store.parent / "steps")
-    assert {len(shares) for shares in together.values()} == {2}, "both nodes trained in every step"
-    per_epoch = len(alone) // 5
-    for epoch in range(5):
+    teachers = [report["stages"][0]["key"] for report in (one_here, two_here)]
+    histories = [
+        json.loads((place / "manifests" / f"{key}.json").read_bytes())["history"]
+        for place, key in zip((alone.parent / "runs", store), teachers, strict=True)
+    ]
+    assert [row["step"] for row in histories[0]] == [row["step"] for row in histories[1]]
+    losses = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in histories]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[0][-1] < losses[0][0] - 0.03
+
+    one, shared = samples(alone, teachers[0]), samples(store.parent / "steps", teachers[1])
+    assert {len(shares) for shares in shared.values()} == {2}, "both nodes trained in every step"
+    per_epoch = len(one) // EPOCHS
+    for epoch in range(EPOCHS):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        seen = Counter(image for step in steps for share in together[step] for image in share)
+        seen = Counter(image for step in steps for share in shared[step] for image in share)
         assert set(seen.values()) == {1}, "no sample twice in an epoch"
-        assert seen == Counter(image for step in steps for share in alone[step] for image in share)
+        assert seen == Counter(image for step in steps for share in one[step] for image in share)
         assert len(seen) == 42
 
+    steps_before = len(job.steps())
+    again = Job(bench, store, *settings, *two, recipe=SMALL)  # finished: it ends at once
+    assert again.wait()["code"] == 0
+    assert len(again.steps()) == steps_before
+    assert again.is_clean()
 
-def samples(steps: Path) -> dict[int, list[list[str]]]:
-    """What was logged by `LOG_SAMPLES`: for each step, of each rank, the images."""
+
+def samples(steps: Path, key: str) -> dict[int, list[list[str]]]:
+    """What was logged by `LOG_SAMPLES` of a stage: for each step, of each rank, the images."""
     found: dict[int, list[list[str]]] = {}
     for line in steps.with_name("steps.samples").read_text().splitlines():
-        step, *images = line.split()
-        found.setdefault(int(step), []).append(images)
+        stage, step, *images = line.split()
+        if stage == key:
+            found.setdefault(int(step), []).append(images)
     return found
 
 
