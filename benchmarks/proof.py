@@ -2,9 +2,10 @@
 
     python -m benchmarks.proof [PART...]
 
-fuzz: a thousand examples of each fuzzer. networks: the sweep over networks of torchvision and timm. kills: a
-worker or a driver killed fifty times. slurm: every fault of the list on a Slurm of two nodes. Appends a row
-for each part to benchmarks/results/proof.csv; `kills` and `slurm` leave their figures in files of their own.
+fuzz: a thousand examples of each fuzzer. tests: those of which every run has a sister: the sweep over networks
+of torchvision and timm, searches, recipes, signals. kills: a worker or a driver killed fifty times. slurm:
+every fault of the list on a Slurm of two nodes. Appends a row for each part to benchmarks/results/proof.csv;
+`kills` and `slurm` leave their figures in files of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ EXAMPLES = {"PBKD_EXAMPLES": "1000"}
 TESTS = ("pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=0")
 PARTS = {
     "fuzz": (*TESTS, "tests/unit/test_fuzz.py"),
-    "networks": (*TESTS, "--proof"),
+    "tests": (*TESTS, "--proof"),
     "kills": ("benchmarks.faults", "--kills", "50"),
     "slurm": ("benchmarks.slurm_faults",),
 }

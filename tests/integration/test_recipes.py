@@ -156,7 +156,7 @@ CIFAR10 = pytest.mark.data("cifar-10-batches-py")
 REAL = [
     pytest.param("cifar10_resnet56", marks=[CIFAR10, pytest.mark.data("cifar10-resnet56.safetensors")]),
     pytest.param("cifar10_vgg16", marks=CIFAR10),
-    pytest.param("cifar100_vgg16", marks=CIFAR10),
+    pytest.param("cifar100_vgg16", marks=[CIFAR10, pytest.mark.proof]),
     pytest.param("imagenette_resnet18", marks=pytest.mark.data("imagenette")),
 ]
 

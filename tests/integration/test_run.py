@@ -159,7 +159,12 @@ def test_a_lost_mlflow_is_completed_by_typing_the_command_again(
     )
 
 
-STOPS = [(RAY, signal.SIGTERM), (LOCAL, signal.SIGINT), (LOCAL, signal.SIGTERM), (LOCAL, signal.SIGUSR2)]
+STOPS = [
+    (RAY, signal.SIGTERM),
+    (LOCAL, signal.SIGINT),
+    (LOCAL, signal.SIGTERM),
+    pytest.param(LOCAL, signal.SIGUSR2, marks=pytest.mark.proof),  # tests/slurm: from Slurm, on every run
+]
 
 
 @pytest.mark.parametrize(("executor", "number"), STOPS)
@@ -193,7 +198,7 @@ def test_a_killed_ray_worker_is_replaced_and_the_weights_are_the_same(
     assert digests(report)["teacher"] == digests(undisturbed_long)["teacher"]
 
 
-@pytest.mark.parametrize("executor", [RAY, LOCAL])
+@pytest.mark.parametrize("executor", [RAY, pytest.param(LOCAL, marks=pytest.mark.proof)])  # tests/faults
 def test_a_killed_driver_takes_its_processes_along_and_the_next_goes_on(
     executor: str, long: Path, undisturbed_long: dict[str, Any], tmp_path: Path
 ) -> None:
