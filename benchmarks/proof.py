@@ -2,10 +2,10 @@
 
     python -m benchmarks.proof [PART...]
 
-fuzz: a thousand examples of each fuzzer. tests: those of which every run has a sister: the sweep over networks
-of torchvision and timm, searches, recipes, signals. kills: a worker or a driver killed fifty times. slurm:
-every fault of the list on a Slurm of two nodes. Appends a row for each part to benchmarks/results/proof.csv;
-`kills` and `slurm` leave their figures in files of their own.
+fuzz: a thousand examples of each fuzzer. tests: those of which every run has a sister: the sweep over
+networks of torchvision and timm, searches, recipes, signals. kills: a worker or a driver killed fifty times.
+slurm: every fault of the list on a Slurm of two nodes. Appends a row for each part to
+benchmarks/results/proof.csv; `kills` and `slurm` leave their figures in files of their own.
 """
 
 from __future__ import annotations
