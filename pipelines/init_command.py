@@ -151,9 +151,10 @@ def _render(
 
 
 def _try_out(text: str, weights: Path | None) -> None:
-    """Plan the recipe, without its data, and put the weights into the network: both fail here or never."""
+    """Plan the recipe, without its data, and put the weights in; the network has to be the user's then."""
     from pbkd.artifact import read_tensors
-    from pbkd.networks import load_weights
+    from pbkd.networks import TracedSpec, load_weights
+    from pbkd.networks.equality import require_equal, require_exact
     from pbkd.networks.weights import empty
     from pipelines.graph import build_graph
     from pipelines.recipe_file import load_recipe
@@ -164,4 +165,9 @@ def _try_out(text: str, weights: Path | None) -> None:
         graph = build_graph(load_recipe(file), None, Path(scratch))
     spec = graph.nodes[graph.teacher].spec
     if weights is not None and spec is not None:
-        load_weights(empty(spec), read_tensors(weights), str(weights))
+        network = empty(spec)
+        unused = load_weights(network, read_tensors(weights), str(weights))
+        if isinstance(spec, TracedSpec):
+            require_equal(network, spec, unused=unused)
+    elif isinstance(spec, TracedSpec):
+        require_exact(spec)

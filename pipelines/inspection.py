@@ -24,7 +24,7 @@ from pbkd.networks import (
     settings_of,
 )
 from pbkd.networks.builders import is_foreign
-from pbkd.networks.partition import is_exact
+from pbkd.networks.equality import require_exact
 from pbkd.networks.zoo import CIFAR_DEPTHS
 from pbkd.students import (
     StudentSettings,
@@ -61,10 +61,9 @@ class Part:
 
 @dataclass
 class Inspection:
-    """A network as it is partitioned; `exact`: that computes bit for bit what the original does."""
+    """A network as it is partitioned, which computes what the original does."""
 
     spec: AnySpec
-    exact: bool
     cost: Cost
     stem: Part
     blocks: list[Part]
@@ -96,7 +95,7 @@ class Inspection:
 
         return {
             "arch": self.spec.arch,
-            "exact": self.exact,
+            "exact": True,  # or it would have been refused
             "input_shape": list(self.spec.input_shape),
             "classes": self.spec.num_classes,
             "params": self.cost.params,
@@ -128,7 +127,8 @@ def inspect_network(
         channels: of its images.
 
     Raises:
-        UserError: the network is unknown or cannot be partitioned, or it is one of ours and cuts are given.
+        UserError: the network is unknown or cannot be partitioned, or computes something else then; or it is
+            one of ours and cuts are given.
     """
     is_small = arch in {f"resnet{depth}" for depth in CIFAR_DEPTHS}
     size, number = input_size or (32 if is_small else 224), classes or (10 if is_small else 1000)
@@ -146,14 +146,9 @@ def inspect_network(
     stem = Part("stem", _shape(network.stem(image)), None, count(network.stem, spec.input_shape))
     cost = count(network.classifier, _shape(inputs[-1]))
     classifier = Part("classifier", (spec.num_classes,), None, cost)
-    found = Inspection(
-        spec,
-        not isinstance(spec, TracedSpec) or is_exact(spec),
-        cost_of(spec),
-        stem,
-        blocks,
-        classifier,
-    )
+    if isinstance(spec, TracedSpec):
+        require_exact(spec)
+    found = Inspection(spec, cost_of(spec), stem, blocks, classifier)
     if latency:
         _measure(found, [spec.input_shape, *map(_shape, inputs)])
     return found

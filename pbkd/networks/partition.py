@@ -17,6 +17,7 @@ from pbkd.networks.builders import ForeignSettings
 from pbkd.networks.cuts import automatic_cuts, cut_name, named_cuts
 from pbkd.networks.spec import TracedPart, TracedSpec
 from pbkd.networks.trace import Reference, Trace, last_layer, result_of, trace
+from pbkd.networks.writes import work_out_of_place
 
 _traced = lru_cache(maxsize=64)(trace)
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -111,10 +112,22 @@ def parts_of(spec: TracedSpec, original: nn.Module) -> tuple[nn.Module, list[nn.
         UserError: see `trace`; or the spec was cut by another version of the library.
     """
     stem_graph, *graphs = _graphs(traced_of(spec), spec)
+    work_out_of_place(original, traced_of(spec).graph)
+    _hold_state(original)
     narrow(original, {name: shape for part in parts_in(spec) for name, shape in part.shapes})
     stem = nn.Identity() if stem_graph is None else fx.GraphModule(original, stem_graph)
     *blocks, head, linear = (fx.GraphModule(original, graph) for graph in graphs if graph is not None)
     return stem, [*blocks], nn.Sequential(OrderedDict(head=head, linear=linear))
+
+
+def _hold_state(module: nn.Module) -> None:
+    """Make buffers of what is in no state_dict, in place: an artifact has to hold all that a network is."""
+    for part in module.modules():
+        part._non_persistent_buffers_set.clear()
+        for name, value in list(vars(part).items()):
+            if isinstance(value, Tensor):
+                delattr(part, name)
+                part.register_buffer(name, value.detach())
 
 
 def parts_in(spec: TracedSpec) -> tuple[TracedPart, ...]:
@@ -170,23 +183,6 @@ def count_channels(layer: nn.Module) -> None:
 def is_depthwise(layer: nn.Conv2d) -> bool:
     """Whether each output channel sees one input channel, and each input channel has one output."""
     return 1 < layer.groups == layer.out_channels == layer.in_channels
-
-
-@torch.inference_mode()
-def is_exact(spec: TracedSpec, seed: int = 0) -> bool:
-    """Whether the parts of `spec`, as it was cut, give bit for bit what the original gives, in eval mode."""
-    module = original_empty(spec).eval()
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1 << 16, generator=generator)
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():  # gains and variances about 1, filters of about unit norm
-            fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
-            repeated = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view_as(tensor)
-            tensor.copy_(repeated * fan_in**-0.5 if fan_in else repeated.sigmoid() + 0.5)
-    images = torch.randn(1, *spec.input_shape, generator=generator)
-    expected = module(images)
-    stem, blocks, classifier = parts_of(unnarrowed(spec), module)
-    return torch.equal(nn.Sequential(stem, *blocks, classifier).eval()(images), expected)
 
 
 def unnarrowed(spec: TracedSpec) -> TracedSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -16,13 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pbkd.errors import UserError
 from pbkd.networks.builders import build_module
 from pbkd.networks.spec import Scalar, TracedSpec
+from pbkd.networks.writes import KEPT_WITH_NEXT, without_writes, work_out_of_place
 
-_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
 _ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _ADAPTIVE_FUNCTIONS = (nn.functional.adaptive_avg_pool2d, nn.functional.adaptive_max_pool2d)
 _BEHIND_LOGITS = (
@@ -48,16 +42,12 @@ class Reference:
         return cls(spec.arch, spec.arguments, spec.input_shape, spec.num_classes)
 
     def build(self) -> nn.Module:
-        """The original module on the current default device; nothing in it works in place.
+        """The user's module as it is, on the current default device.
 
         Raises:
             UserError: see `build_module`.
         """
-        module = build_module(self.arch, dict(self.arguments), self.input_shape, self.num_classes)
-        for part in module.modules():
-            if getattr(part, "inplace", False) is True:
-                part.inplace = False  # type: ignore[assignment]  # a flag, whatever torch declares
-        return module
+        return build_module(self.arch, dict(self.arguments), self.input_shape, self.num_classes)
 
     def build_meta(self) -> nn.Module:
         """The same without memory for its weights."""
@@ -137,6 +127,10 @@ def trace(reference: Reference) -> Trace:
             "put what depends on the values of tensors into a module of its own, which then stays whole"
         ) from error
     _check_one_output(graph, reference.arch)
+    image = torch.empty(1, *reference.input_shape, device="meta")
+    _shapes(module, graph, reference)  # what fails, fails here, in words that say where
+    without_writes(module, graph, image, reference.arch, place_of)
+    work_out_of_place(module, graph)
     _simplify(module, graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     shapes = _shapes(module, graph, reference)
@@ -208,12 +202,8 @@ def _check_one_output(graph: fx.Graph, arch: str) -> None:
 
 
 def _simplify(module: nn.Module, graph: fx.Graph) -> None:
-    """Let no operation change a tensor that another part may look at; leave out those that do nothing."""
+    """Leave out what does nothing."""
     for node in graph.nodes:
-        if node.op == "call_function":
-            node.target = _OUT_OF_PLACE.get(node.target, node.target)
-        if node.kwargs.get("inplace") is True:
-            node.kwargs = node.kwargs | {"inplace": False}
         if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
             node.replace_all_uses_with(node.args[0])
 
@@ -306,7 +296,8 @@ def _points(graph: fx.Graph, shapes: Mapping[fx.Node, Shape]) -> tuple[fx.Node, 
         if node.op != "get_attr":  # a part may fetch the same weights again
             live.add(node)
         live = {other for other in live if last_use[other] > index}
-        if live == {node} and node.op != "placeholder" and node in shapes:
+        ends = node.op != "placeholder" and KEPT_WITH_NEXT not in node.meta
+        if live == {node} and ends and node in shapes:
             points.append(node)
     return tuple(points)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -68,18 +68,21 @@ def maskable_weights(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: str) -> None:
+def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Copy `tensors` into `network`; the names are pbkd's own or those of public VGG and ResNet checkpoints.
 
-    A foreign network's are also its own; what it has but does not use, such as auxiliary heads, is left out.
+    A foreign network's are also its own; what it has but does not use, such as auxiliary heads, is returned.
 
     Raises:
         UserError: a tensor is missing, is left over, or has another shape; names it, and both shapes.
     """
     expected = network.state_dict()
     given = _own_names(network, tensors)
+    unused = _taken_unused(network.spec, given, expected.keys())
     for name in expected.keys() - given.keys():
-        if name.endswith("num_batches_tracked"):
+        if _is_in_no_file(name, network.spec):
+            given[name] = expected[name]
+        elif name.endswith("num_batches_tracked"):
             given[name] = torch.zeros((), dtype=torch.long)
     for name, tensor in expected.items():
         if name not in given:
@@ -94,6 +97,20 @@ def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: s
             f"{source}: {len(left)} tensors do not belong to {network.spec.arch}, first '{left[0]}'"
         )
     network.load_state_dict(given)
+    return unused
+
+
+def _taken_unused(spec: AnySpec, given: dict[str, Tensor], used: Container[str]) -> dict[str, Tensor]:
+    """Take out of `given`, and return, what the original has but does not use."""
+    if not isinstance(spec, TracedSpec):
+        return {}
+    original = traced_of(spec).module.state_dict()
+    return {name: given.pop(name) for name in list(given) if name in original and name not in used}
+
+
+def _is_in_no_file(name: str, spec: AnySpec) -> bool:
+    """Whether the original keeps a tensor out of its state_dict: only its builder knows it."""
+    return isinstance(spec, TracedSpec) and original_name(name) not in traced_of(spec).module.state_dict()
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -151,8 +168,7 @@ def _partitioned_names(
         return given
     given = {_DENSENET_NAMES.sub(r"\1\2", name): tensor for name, tensor in given.items()}
     table = {original_name(name): name for name in own}
-    unused = traced_of(spec).module.state_dict().keys() - table.keys()
-    return {table.get(name, name): tensor for name, tensor in given.items() if name not in unused}
+    return {table.get(name, name): tensor for name, tensor in given.items()}
 
 
 def _vgg_names(network: BlockNetwork) -> dict[str, str]:

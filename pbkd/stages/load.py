@@ -16,10 +16,12 @@ from pbkd.networks import (
     AnySpec,
     BlockNetwork,
     ForeignSettings,
+    TracedSpec,
     architecture,
     load_weights,
 )
 from pbkd.networks.builders import pretrained_arguments, pretrained_name, pretrained_tensors
+from pbkd.networks.equality import BATCHES, require_equal
 from pbkd.networks.weights import empty
 from pbkd.stages.base import Context, Role, Stage
 
@@ -85,12 +87,13 @@ class Load(Stage):
         return architecture(self._network(), info.input_shape, info.num_classes)
 
     def run(self, context: Context) -> BlockNetwork:
-        """Load, nothing else."""
+        """Load; what is made of a foreign network has to compute what the user's own does."""
         network = empty(self.plan({}, context.data.info))
         if self.weights is None:
-            load_weights(
-                network, pretrained_tensors(self.network.arch), f"the weights of {self.network.arch}"
-            )
+            source, tensors = f"the weights of {self.network.arch}", pretrained_tensors(self.network.arch)
         else:
-            load_weights(network, read_tensors(self.weights), str(self.weights))
+            source, tensors = str(self.weights), read_tensors(self.weights)
+        unused = load_weights(network, tensors, source)
+        if isinstance(network.spec, TracedSpec):
+            require_equal(network, network.spec, context.images(max(BATCHES)).cpu(), unused)
         return network.eval().requires_grad_(False)

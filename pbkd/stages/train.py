@@ -10,7 +10,16 @@ from pydantic import NonNegativeInt, model_validator
 
 from pbkd.data import DataInfo
 from pbkd.engine import Mask, Task
-from pbkd.networks import AnyNetworkSettings, AnySpec, BlockNetwork, ForeignSettings, architecture, fresh
+from pbkd.networks import (
+    AnyNetworkSettings,
+    AnySpec,
+    BlockNetwork,
+    ForeignSettings,
+    TracedSpec,
+    architecture,
+    fresh,
+)
+from pbkd.networks.equality import BATCHES, require_equal
 from pbkd.stages.base import SMOKE_STEPS, Context, Role, TrainingStage, label_objective, start_of
 
 
@@ -73,6 +82,8 @@ class Train(TrainingStage):
         else:
             specs = {role: given.spec for role, given in context.inputs.items()}
             network = fresh(self.plan(specs, context.data.info), context.seed)
+            if self.network is not None and isinstance(network.spec, TracedSpec):
+                require_equal(network, network.spec, context.images(max(BATCHES)).cpu())
         mask = None
         if self.rewind is not None or self.keep_zeros:
             mask = Mask.of_zeros(context.inputs["from"], self.rewind or 0)

@@ -18,7 +18,7 @@ from pbkd.engine import LocalSession, Precision
 from pbkd.errors import UserError
 from pbkd.networks import AnySpec, BlockNetwork, TracedSpec, architecture, fresh, on_meta, settings_of
 from pbkd.networks.channels import inner_groups, original_tensors
-from pbkd.networks.partition import is_exact
+from pbkd.networks.equality import require_exact
 from pbkd.networks.spec import TracedPart
 from pbkd.stages import Block, Context, Prune, run_stage
 from pbkd.stages.base import Stage
@@ -180,7 +180,7 @@ def test_a_network_is_divided_narrowed_trained_pruned_and_loaded_elsewhere(
 ) -> None:
     torch.set_num_threads(1)
     spec = spec_of(arch)
-    assert is_exact(spec)
+    require_exact(spec)
 
     x = torch.empty(1, 3, SIZE, SIZE, device="meta")
     meta = on_meta(spec).eval()
@@ -271,6 +271,6 @@ def test_what_cannot_be_divided_says_why(arch: str) -> None:
 @pytest.mark.parametrize("arch", UNNARROWED)
 def test_channels_that_are_shuffled_can_teach_but_not_be_narrowed(arch: str) -> None:
     spec = spec_of(arch)
-    assert is_exact(spec)
+    require_exact(spec)
     with pytest.raises(UserError, match="it can teach, but not be narrowed"):
         narrow_block(spec, UNNARROWED[arch] - 1, 0.5)

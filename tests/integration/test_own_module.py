@@ -267,7 +267,6 @@ def test_inspect_counts_every_part_once() -> None:
     from pipelines.inspection import inspect_network
 
     found = inspect_network("torchvision/resnet18", input_size=64, classes=10, cuts=["layer2", "layer4"])
-    assert found.exact
     assert [(part.name, part.output_shape) for part in found.blocks] == [
         ("layer2", (128, 8, 8)),
         ("layer4", (512, 2, 2)),

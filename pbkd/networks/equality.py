@@ -1,0 +1,173 @@
+"""Whether a foreign network in blocks computes what the user's own module does, and where they first part."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pbkd.errors import UserError
+from pbkd.networks.block_network import BlockNetwork
+from pbkd.networks.partition import original_fresh, original_name, traced_of, unnarrowed
+from pbkd.networks.spec import TracedSpec
+from pbkd.networks.trace import Reference, place_of, result_of
+
+BATCHES = (1, 8)
+ROUNDING = 1e-9
+"""Of the largest logit: two orders of the same sums in float64 differ by less."""
+
+
+def require_exact(spec: TracedSpec) -> None:
+    """Check that the network of `spec`, as it was cut, is the user's, with random weights, on random images.
+
+    Raises:
+        UserError: see `require_equal`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 16, generator=generator)
+    network = BlockNetwork(unnarrowed(spec), original_fresh(spec, 0)).eval().requires_grad_(False)
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point():  # gains and variances about 1, filters of about unit norm
+            fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
+            repeated = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view_as(tensor)
+            tensor.copy_(repeated * fan_in**-0.5 if fan_in else repeated.sigmoid() + 0.5)
+    require_equal(network, unnarrowed(spec))
+
+
+def require_equal(
+    network: BlockNetwork,
+    spec: TracedSpec,
+    images: Tensor | None = None,
+    unused: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Compare `network`, which is not narrowed, with the user's untouched module in eval mode.
+
+    Bit for bit, on noise and on `images`, in batches of one and of eight; where that fails, float64 decides
+    whether it is rounding.
+
+    Args:
+        network: on the CPU; not changed.
+        images: (N, C, H, W), on the CPU.
+        unused: tensors of the original that the network does not use, by their names there.
+
+    Raises:
+        UserError: they differ; names the module behind which they first do. Or the original gives another
+            result each time, or changes its own tensors, in eval mode.
+    """
+    original = Reference.of(spec).build().eval().requires_grad_(False)
+    own = {original_name(name): tensor for name, tensor in network.state_dict().items()}
+    _give(original, own | dict(unused or {}))
+    noise = torch.randn(max(BATCHES), *spec.input_shape, generator=torch.Generator().manual_seed(1))
+    _require_repeatable(original, noise[:1], spec.arch)
+    network = copy.deepcopy(network).eval()
+    for given in (noise,) if images is None else (images, noise):
+        for count in BATCHES:
+            if not _are_equal(network, original, given[:count]):
+                where = _first_difference(network, original, spec, given[:count])
+                raise UserError(
+                    f"network {spec.arch}: in blocks it computes something else than your module does; they "
+                    f"first differ behind '{where}'\n"
+                    "let no operation there change what others read; or choose network.cuts around it"
+                )
+
+
+def _are_equal(network: BlockNetwork, original: nn.Module, images: Tensor) -> bool:
+    for dtype, tolerance in ((torch.float32, 0.0), (torch.float64, ROUNDING)):
+        network.to(dtype)
+        original.to(dtype)
+        with _deterministic():
+            expected, found = (part(images.to(dtype, copy=True)) for part in (original, network))
+        if bool((expected - found).abs().max() <= tolerance * expected.abs().max()):
+            network.float()
+            original.float()
+            return True
+    return False
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """As any user would run it; what is random gives the same each time."""
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _give(original: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put the values of `tensors` into `original`, parameters, buffers and other attributes alike."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            getattr(original.get_submodule(path), leaf).copy_(tensor)
+
+
+def _require_repeatable(original: nn.Module, image: Tensor, arch: str) -> None:
+    before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
+    results = []
+    for seed in range(2):
+        with _deterministic():
+            torch.manual_seed(seed)
+            results.append(original(image.clone()))
+    if not torch.equal(*results):
+        raise UserError(
+            f"network {arch}: gives another result each time for the same image, in eval mode too\n"
+            "let what is random ask self.training: F.dropout(x, p, self.training), or nn.Dropout"
+        )
+    changed = [
+        name for name, tensor in original.state_dict().items() if not torch.equal(tensor, before[name])
+    ]
+    if changed:
+        raise UserError(
+            f"network {arch}: changes its own tensor '{changed[0]}' in eval mode\n"
+            "let it do so in training alone: if self.training: ..."
+        )
+
+
+def _first_difference(network: BlockNetwork, original: nn.Module, spec: TracedSpec, images: Tensor) -> str:
+    """The first module, in the order of the graph, that gives something else; both are in float64."""
+    traced = traced_of(spec)
+    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    theirs: dict[str, list[Tensor]] = {}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, given: Any, result: Any) -> None:
+            if isinstance(result, Tensor):
+                theirs.setdefault(path, []).append(result.clone())
+
+        return hook
+
+    hooks = [original.get_submodule(path).register_forward_hook(keep(path)) for path in called]
+    with _deterministic():
+        original(images.double())
+    for hook in hooks:
+        hook.remove()
+    return _compare(network, spec, theirs, images)
+
+
+def _compare(
+    network: BlockNetwork, spec: TracedSpec, theirs: Mapping[str, list[Tensor]], images: Tensor
+) -> str:
+    calls: dict[str, int] = {}
+    different: list[fx.Node] = []
+
+    class Compared(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.op == "call_module" and isinstance(result, Tensor) and not different:
+                number = calls[str(n.target)] = calls.get(str(n.target), -1) + 1
+                expected = theirs.get(str(n.target), [])[number : number + 1]
+                limit = ROUNDING * max(1.0, float(result.abs().max()))
+                if not expected or (expected[0] - result).abs().max() > limit:
+                    different.append(n)
+            return result
+
+    x = images.double()
+    with _deterministic():
+        for part in (network.stem, *network.blocks, *network.classifier.children()):
+            x = Compared(part).run(x) if isinstance(part, fx.GraphModule) else part(x)
+            if different:
+                return place_of(different[0])
+    return place_of(result_of(traced_of(spec).graph))

@@ -1,0 +1,199 @@
+"""In-place operations of a traced network as ones that give new tensors: no block changes what it gets."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from pbkd.errors import UserError
+
+KEPT_WITH_NEXT = "pbkd.kept_with_next"
+"""In the meta of a node behind which no block may end: the next one changes what it gives."""
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Which elements of which storage a tensor is."""
+
+    storage: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Memory:
+        storage = tensor.untyped_storage()._cdata
+        return cls(storage, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+
+    def meets(self, other: _Memory) -> bool:
+        """Whether they have an element in common."""
+        return self.storage == other.storage and bool(set(self._elements()) & set(other._elements()))
+
+    def _elements(self) -> list[int]:
+        last = self.offset + sum(
+            (size - 1) * step for size, step in zip(self.size, self.stride, strict=True) if size
+        )
+        return torch.arange(last + 1).as_strided(self.size, self.stride, self.offset).flatten().tolist()
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph on the meta device and keeps what each node writes into.
+
+    Attributes:
+        memories: of the tensors that a node gives, as they were then.
+        written: node that writes -> the node among its arguments whose tensor it has changed.
+    """
+
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph=graph)
+        self.extra_traceback = False
+        self.memories: dict[fx.Node, list[_Memory]] = {}
+        self.written: dict[fx.Node, fx.Node] = {}
+        self._alive: list[Tensor] = []  # else a storage's address would be another's next
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run, and compare the versions of the arguments' tensors."""
+        given = [(node, tensor) for node in _arguments(n) for tensor in _tensors(self.env.get(node))]
+        before = [tensor._version for _, tensor in given]
+        result = super().run_node(n)
+        for (node, tensor), version in zip(given, before, strict=True):
+            if tensor._version != version:
+                self.written.setdefault(n, node)
+        found = list(_tensors(result))
+        self._alive += found
+        self.memories[n] = [_Memory.of(tensor) for tensor in found]
+        return result
+
+
+def _arguments(node: fx.Node) -> list[fx.Node]:
+    """In the order in which they are written, what is written into first."""
+    found: list[fx.Node] = []
+    map_arg((node.kwargs.get("out"), node.args, node.kwargs), found.append)
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def without_writes(
+    module: nn.Module, graph: fx.Graph, image: Tensor, arch: str, place_of: Callable[[fx.Node], str]
+) -> None:
+    """Rewrite `graph`, in place, so that no node changes a tensor that another one gives.
+
+    A node that writes gives the new tensor instead, and what reads the changed one later reads that. The
+    flags `inplace` of the modules it runs have to be off afterwards (`work_out_of_place`).
+
+    Args:
+        module: on the meta device, in eval mode; the graph's targets are its modules.
+        image: (1, C, H, W) on the meta device.
+
+    Raises:
+        UserError: what is written into is seen in another form later, or belongs to the network's own state;
+            names the network and the module. What the network itself raises is raised as it is.
+    """
+    recorder = _Recorder(module, graph)
+    with torch.no_grad():
+        recorder.run(image)
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for writer, given in recorder.written.items():
+        memories = recorder.memories[given]
+        seen = [pair for memory in memories for pair in _seen_later(writer, memory, recorder, position)]
+        is_one = len(memories) == 1 and all(memory == memories[0] for _, memory in seen)
+        if given.op == "get_attr" or not is_one:
+            raise _refused(arch, place_of(writer), given)
+        if not _rewrite(module, writer, given, graph) and seen:
+            raise _refused(arch, place_of(writer), given)
+        for node, _ in seen:
+            for user in list(node.users):
+                if position.get(user, -1) > position[writer]:
+                    user.replace_input_with(node, writer)
+
+
+def _seen_later(
+    writer: fx.Node, written: _Memory, recorder: _Recorder, position: dict[fx.Node, int]
+) -> list[tuple[fx.Node, _Memory]]:
+    """What is read after `writer` of the memory that it changes, but by way of what it gives."""
+    found = []
+    for node, memories in recorder.memories.items():
+        if position[node] >= position[writer]:
+            break
+        if all(position[user] <= position[writer] for user in node.users if user in position):
+            continue
+        found += [(node, memory) for memory in memories if memory == written or memory.meets(written)]
+    return found
+
+
+def _refused(arch: str, place: str, given: fx.Node) -> UserError:
+    what = "its own state" if given.op == "get_attr" else "a tensor that is read in another form later"
+    return UserError(
+        f"network {arch}: '{place}' writes into {what}, also in eval mode\n"
+        "let it give a new tensor instead, or put all that uses this one into a module that stays whole"
+    )
+
+
+def _rewrite(module: nn.Module, writer: fx.Node, given: fx.Node, graph: fx.Graph) -> bool:
+    """Let `writer` give what it would have made of `given`; False if only its own result is that."""
+    name = str(getattr(writer.target, "__name__", writer.target))
+    if writer.op == "call_module":
+        if getattr(module.get_submodule(str(writer.target)), "inplace", False) is True:
+            return True  # once the flag is off
+        with graph.inserting_before(writer):
+            copied = graph.call_function(torch.clone, (given,))
+        copied.meta = {"nn_module_stack": writer.meta.get("nn_module_stack", {}), KEPT_WITH_NEXT: True}
+        writer.replace_input_with(given, copied)
+        return False
+    if writer.target is operator.setitem:
+        writer.target = with_item
+    elif (plain := getattr(operator, name.removeprefix("i"), None)) and name.startswith("i"):
+        writer.target = plain
+    elif "inplace" in (arguments := _named(writer)):
+        writer.args, writer.kwargs = (), arguments | {"inplace": False}
+    elif name.endswith("_") and hasattr(Tensor, name) and writer.args[:1] == (given,):
+        writer.op, writer.target = "call_method", name.removesuffix("_")
+        if not hasattr(Tensor, str(writer.target)):
+            writer.op, writer.target = "call_function", on_a_copy
+            writer.args = (given, name, *writer.args[1:])
+    else:
+        return False
+    return True
+
+
+def _named(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a function by name, if it tells them."""
+    try:
+        assert callable(node.target)
+        return dict(signature(node.target).bind(*node.args, **node.kwargs).arguments)
+    except (AssertionError, TypeError, ValueError):
+        return {}
+
+
+def with_item(x: Tensor, index: Any, value: Any) -> Tensor:
+    """`x` with `x[index] = value`."""
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+def on_a_copy(x: Tensor, method: str, *args: Any, **kwargs: Any) -> Tensor:
+    """What `x` is after the method, which works in place."""
+    x = x.clone()
+    getattr(x, method)(*args, **kwargs)
+    return x
+
+
+def work_out_of_place(module: nn.Module, graph: fx.Graph) -> None:
+    """Turn off the flags `inplace` of the modules that a rewritten graph runs, not of those within them."""
+    for node in graph.nodes:
+        if node.op == "call_module":
+            part = module.get_submodule(str(node.target))
+            if getattr(part, "inplace", False) is True:
+                part.inplace = False  # type: ignore[assignment]  # a flag, whatever torch declares
