@@ -101,6 +101,9 @@ def _print(found: Inspection, widths: list[float], has_latency: bool) -> None:
         f"stem, blocks and classifier compute exactly what the original does",
         soft_wrap=True,
     )
+    for alone in found.left_alone:
+        for layer, reason in alone:
+            console.print(f"'{layer}' keeps its channels: {reason}", soft_wrap=True, markup=False)
     for reason in reasons:
         console.print(f"no student: {reason}", soft_wrap=True, markup=False)
 

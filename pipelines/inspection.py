@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from pbkd.networks import (
     settings_of,
 )
 from pbkd.networks.builders import is_foreign
+from pbkd.networks.channels import left_alone
 from pbkd.networks.equality import require_exact
 from pbkd.networks.zoo import CIFAR_DEPTHS
 from pbkd.students import (
@@ -61,13 +63,18 @@ class Part:
 
 @dataclass
 class Inspection:
-    """A network as it is partitioned, which computes what the original does."""
+    """A network as it is partitioned, which computes what the original does.
+
+    Attributes:
+        left_alone: of each block the layers that keep their channels in a student, and why.
+    """
 
     spec: AnySpec
     cost: Cost
     stem: Part
     blocks: list[Part]
     classifier: Part
+    left_alone: list[tuple[tuple[str, str], ...]]
 
     @property
     def parts(self) -> list[Part]:
@@ -101,7 +108,10 @@ class Inspection:
             "params": self.cost.params,
             "macs": self.cost.macs,
             "stem": row(self.stem),
-            "blocks": [row(part) for part in self.blocks],
+            "blocks": [
+                row(part) | {"left_alone": [{"layer": layer, "reason": reason} for layer, reason in alone]}
+                for part, alone in zip(self.blocks, self.left_alone, strict=True)
+            ],
             "classifier": row(self.classifier),
         }
 
@@ -148,10 +158,19 @@ def inspect_network(
     classifier = Part("classifier", (spec.num_classes,), None, cost)
     if isinstance(spec, TracedSpec):
         require_exact(spec)
-    found = Inspection(spec, cost_of(spec), stem, blocks, classifier)
+    alone = [_left_alone(spec, index) for index in range(len(blocks))]
+    found = Inspection(spec, cost_of(spec), stem, blocks, classifier, alone)
     if latency:
         _measure(found, [spec.input_shape, *map(_shape, inputs)])
     return found
+
+
+def _left_alone(spec: AnySpec, index: int) -> tuple[tuple[str, str], ...]:
+    if not isinstance(spec, TracedSpec):
+        return ()
+    with suppress(UserError):  # then there is no student, which says why
+        return left_alone(spec, index)
+    return ()
 
 
 @torch.no_grad()

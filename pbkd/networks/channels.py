@@ -8,7 +8,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -19,11 +19,24 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pbkd.errors import UserError
 from pbkd.networks.block_network import BlockNetwork, on_meta
-from pbkd.networks.partition import count_channels, is_depthwise, original_name, replace_tensor
+from pbkd.networks.partition import (
+    count_channels,
+    is_depthwise,
+    original_name,
+    replace_tensor,
+    with_memory,
+)
 from pbkd.networks.spec import TracedPart, TracedSpec
 
+ROUNDING = 1e-9
+SMALL_SIDES = (8, 16, 32)
+"""Of maps on which it is tried out what goes together."""
 Removed = Mapping[tuple[str, int], Tensor]
 """By (tensor, dimension): which of its entries go, bool."""
+
+
+_Judged = tuple[tuple["ChannelGroup", ...], tuple[tuple[str, str], ...]]
+"""What can be fewer, and of what cannot the layer and the reason."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +86,25 @@ class ChannelGroup:
         return min(self.size, max(self.sections, round(wanted / self.sections) * self.sections))
 
 
-@lru_cache(maxsize=256)
 def inner_groups(spec: TracedSpec, index: int | None) -> tuple[ChannelGroup, ...]:
     """The groups inside block `index` (from 0; None: the classifier), which do not touch its interface.
 
-    Tensors are named as in the original network. Nothing is computed but shapes.
+    Tensors are named as in the original network. Each is tried out: silenced to what reads them, half of its
+    channels are removed, which may change nothing.
 
     Raises:
-        UserError: the block's forward works with no other number of channels than it has.
+        UserError: none of the block's passes.
     """
+    return _judged(spec, index)[0]
+
+
+def left_alone(spec: TracedSpec, index: int | None) -> tuple[tuple[str, str], ...]:
+    """The layers inside block `index`, as in `inner_groups`, that keep their channels, and why."""
+    return _judged(spec, index)[1]
+
+
+@lru_cache(maxsize=256)
+def _judged(spec: TracedSpec, index: int | None) -> _Judged:
     network, inputs = _skeleton(spec)
     x = inputs[-1 if index is None else index]
     part = network.classifier if index is None else network.blocks[index]
@@ -98,7 +121,7 @@ def all_groups(spec: TracedSpec) -> tuple[ChannelGroup, ...]:
     x = torch.empty(1, *spec.input_shape, device="meta")
     names = {name: original_name(name) for name in network.state_dict()}
     interface = _Interface(None, None, _layer_of(network.classifier[-1]))
-    return _usable(network, x, interface, names, f"network {spec.arch}: it")
+    return _usable(network, x, interface, names, f"network {spec.arch}: it")[0]
 
 
 def removed_by(
@@ -210,39 +233,105 @@ class _Interface:
 
 def _usable(
     part: nn.Module, x: Tensor, interface: _Interface, names: Mapping[str, str], what: str
-) -> tuple[ChannelGroup, ...]:
-    """The groups of `part` without which it still works; `names`: of its tensors in the original network."""
-    with torch.no_grad():
-        expected = part(x).shape
-
-    def works(groups: Sequence[ChannelGroup]) -> bool:
-        try:
-            with torch.no_grad(), redirect_stderr(io.StringIO()):  # where torch.fx explains what failed
-                return bool(_halved(part, groups)(x).shape == expected)
-        except Exception:  # noqa: BLE001  # the user's forward may raise anything
-            return False
-
+) -> _Judged:
+    """The groups of `part` that can be fewer, and what cannot; `names`: of its tensors in the original."""
     try:
         found = list(_found(part, x, interface))
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"{what} mixes its channels in a way that Torch-Pruning cannot follow ({error}), as shuffles do; "
+            f"{what} mixes its channels in a way that Torch-Pruning cannot follow ({error}); "
             "it can teach, but not be narrowed"
         ) from error
-    usable = found if works(found) else [group for group in found if works([group])]
-    if found and not (usable and works(usable)):
+    trial = _Trial(part, x)
+    reason = trial.objection(found) if found else None
+    reasons = {} if reason is None else {group.root: trial.objection([group]) for group in found}
+    usable = [group for group in found if reasons.get(group.root) is None]
+    alone = tuple(
+        (names[root].rpartition(".")[0], reason) for root, reason in reasons.items() if reason is not None
+    )
+    if found and (not usable or (alone and trial.objection(usable) is not None)):
+        places = ", ".join(sorted({names[group.root].rpartition(".")[0] for group in found})[:3])
         raise UserError(
-            f"{what} works with no other number of channels than it has: its forward counts on "
-            f"{', '.join(sorted({group.root.rpartition('.')[0] for group in found})[:3])} keeping theirs\n"
-            "let the forward read the number from its input's shape, or leave the block out"
+            f"{what} keeps its channels: of {places}, {reason}\n"
+            "it can teach, but not be narrowed; choose network.cuts so that this is in a block of its own"
         )
-    return tuple(group.renamed(names) for group in usable)
+    return tuple(group.renamed(names) for group in usable), alone
 
 
-def _halved(part: nn.Module, groups: Sequence[ChannelGroup]) -> nn.Module:
+class _Trial:
+    """A part with random values in float64: what reads channels no more must not miss them either."""
+
+    def __init__(self, part: nn.Module, x: Tensor) -> None:
+        """`part` is on the meta device, and so is its input `x`; neither is changed."""
+        generator = torch.Generator().manual_seed(0)
+        self._part = with_memory(copy.deepcopy(part).double()).eval().requires_grad_(False)
+        for tensor in (*self._part.parameters(), *self._part.buffers()):
+            if tensor.is_floating_point():
+                fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
+                values = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+                tensor.copy_((2 * values - 1) * (3.0 / fan_in) ** 0.5 if fan_in else values + 0.5)
+        for name, module in list(self._part.named_modules()):
+            if isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
+                self._part.set_submodule(name, _Affine(module))  # its statistics are of all channels
+        self._x = torch.randn(2, *_small(part, x), generator=generator, dtype=torch.float64)
+
+    def objection(self, groups: Sequence[ChannelGroup]) -> str | None:
+        """Why half of each of `groups` cannot go; None: removed they change no more than silenced."""
+        tensors, indices = self._part.state_dict(), torch.Generator().manual_seed(1)
+        kept = [
+            group.strongest(torch.rand(group.size, generator=indices), group.left(group.size / 2))
+            for group in groups
+        ]
+        silent = copy.deepcopy(self._part)
+        for group, stay in zip(groups, kept, strict=True):
+            readers = replace(group, members=tuple(m for m in group.members if m.role == "input"))
+            for (name, dimension), entries in removed_by([readers], [stay], tensors).items():
+                silent.get_parameter(name).movedim(dimension, 0)[entries] = 0.0
+        expected = silent(self._x)
+        try:
+            with redirect_stderr(io.StringIO()):  # where torch.fx explains what failed
+                found = _narrowed(self._part, groups, kept)(self._x)
+        except Exception:  # noqa: BLE001  # the user's forward may raise anything
+            return "its forward counts on their number: let it read that from its input's shape"
+        if found.shape != expected.shape:
+            return "its forward counts on their number: let it read that from its input's shape"
+        if not bool((found - expected).abs().max() <= ROUNDING * expected.abs().max()):
+            return (
+                "others change when some are removed, as behind a shuffle, a padding or a norm over channels"
+            )
+        return None
+
+
+class _Affine(nn.Module):
+    """A norm without its statistics, so that each channel depends on itself alone."""
+
+    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, getattr(norm, "bias", None)
+        self.is_last = type(norm) is nn.LayerNorm  # timm's own are of maps, or of both
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        shape = [1] * x.dim()
+        shape[-1 if self.is_last or x.shape[1] != len(self.weight) else 1] = -1
+        x = x * self.weight.view(shape)
+        return x if self.bias is None else x + self.bias.view(shape)
+
+
+def _small(part: nn.Module, x: Tensor) -> tuple[int, ...]:
+    """The shape (C, H, W) of a smaller map on which `part` works too, if there is one."""
+    channels, *sides = x.shape[1:]
+    for most in SMALL_SIDES:
+        shape = (channels, *(min(side, most) for side in sides))
+        with suppress(Exception), torch.no_grad(), redirect_stderr(io.StringIO()):
+            part(torch.empty(2, *shape, device="meta"))
+            return shape
+    return tuple(x.shape[1:])
+
+
+def _narrowed(part: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> nn.Module:
     part = copy.deepcopy(part)
     tensors = part.state_dict()
-    kept = [group.strongest(torch.zeros(group.size), group.left(group.size / 2)) for group in groups]
     owners = []
     for name, tensor in without(tensors, removed_by(groups, kept, tensors)).items():
         path, _, leaf = name.rpartition(".")
