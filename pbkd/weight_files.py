@@ -133,8 +133,8 @@ def _torch_content(path: Path) -> object:
     ignored: list[Callable[..., Any] | tuple[Callable[..., Any], str]]
     ignored = [(_Ignored, name) for name in IGNORED_OBJECTS]
     try:
-        with torch.serialization.safe_globals(ignored):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file, torch.serialization.safe_globals(ignored):
+            return torch.load(file, map_location="cpu", weights_only=True)  # of a path, it trusts the suffix
     except Exception as error:  # where a file is damaged, torch raises anything
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(

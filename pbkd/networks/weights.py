@@ -116,8 +116,8 @@ def few(names: Iterable[object], most: int = 3) -> str:
 def _misfit(network: BlockNetwork, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> str:
     """Say how `tensors`, whose names in the file `names` gives by ours, differ from the network's; or ""."""
     expected = network.state_dict()
-    absent = [name for name in expected.keys() - names.keys() if not name.endswith("num_batches_tracked")]
-    missing = [_shown(network, name) for name in expected if name in absent]
+    needed = [name for name in expected if not name.endswith("num_batches_tracked")]
+    missing = [_shown(network, name) for name in needed if name not in names]
     left = [file_name for name, file_name in names.items() if name not in expected]
     shapes = [
         f"'{names[name]}' has shape {tuple(tensors[names[name]].shape)}, but {network.spec.arch} needs "
@@ -125,7 +125,7 @@ def _misfit(network: BlockNetwork, tensors: Mapping[str, Tensor], names: Mapping
         for name, own in expected.items()
         if name in names and tensors[names[name]].shape != own.shape
     ]
-    found = [f"{len(missing)} of {len(expected)} tensors missing: {few(missing)}"] if missing else []
+    found = [f"{len(missing)} of {len(needed)} tensors missing: {few(missing)}"] if missing else []
     found += [f"{len(left)} left over: {few(left)}"] if left else []
     found += [f"{len(shapes)} of another shape: {', '.join(shapes[:2])}"] if shapes else []
     if not found:
