@@ -27,8 +27,8 @@ IGNORED_OBJECTS = (
     "argparse.Namespace",
     "types.SimpleNamespace",
     "numpy.dtype",
-    "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *(f"{module}.{name}Path" for module in ("pathlib", "pathlib._local") for name in ("Posix", "Windows")),
 )
 
@@ -143,8 +143,11 @@ def _torch_content(path: Path) -> object:
             ) from error
         if "TorchScript" in str(error):
             raise UserError(f"{path}: is a TorchScript program, not weights\n{SAVE}") from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{path}: torch cannot read it, it is damaged ({reason})\n{SAVE}") from error
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].strip() or type(error).__name__
+        raise UserError(
+            f"{path}: torch cannot read weights from it, it is damaged or another format "
+            f"({reason.splitlines()[0][:100]})\n{SAVE}"
+        ) from error
 
 
 def _sets(content: object, key: str = "") -> Sets:

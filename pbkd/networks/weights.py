@@ -96,8 +96,8 @@ def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: s
         values[name] = tensors[names[name]]
         if damage := _damage(name, values[name], own, name in parameters):
             raise UserError(
-                f"{source}: tensor '{names[name]}' {damage}; its training diverged or the file is damaged\n"
-                "give weights that were saved before, or train the network again"
+                f"{source}: tensor '{names[name]}' {damage}\n"
+                "its training diverged or the file is damaged; give weights that were saved earlier"
             )
     network.load_state_dict(values)
 
@@ -143,6 +143,8 @@ def _shown(network: BlockNetwork, name: str) -> str:
 
 def _damage(name: str, given: Tensor, own: Tensor, is_parameter: bool) -> str:
     """Say what makes `given` no weights of a trained network, or ""."""
+    if given.layout is not torch.strided or given.is_quantized:
+        return f"is {given.layout} of {given.dtype}, expected a dense tensor of numbers"
     if given.is_complex() and not own.is_complex():
         return f"is complex ({given.dtype}), expected real numbers"
     given = given.to(own.dtype)

@@ -158,6 +158,7 @@ SAVED: dict[str, Callable[[State], Any]] = {
     "averaged_ddp.pt": lambda state: {"n_averaged": torch.tensor(3), **behind("module.module.", state)},
     "namespace.pt": lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, out=Path("runs"))},
     "numpy.pt": lambda state: {"model": state, "best": np.float64(93.0), "epoch": np.int64(3)},
+    "history.pt": lambda state: {"model": state, "losses": np.ones(3), "found": [np.bool_(True)]},
     "parameters.pt": lambda state: {
         name: nn.Parameter(value) if value.is_floating_point() else value for name, value in state.items()
     },
@@ -286,8 +287,10 @@ def test_objects_are_never_unpickled_and_the_message_has_the_cure(
     for content in ({"model": state, "trap": Trap()}, Trap()):
         torch.save(content, path)
         assert cure in refused(spec, path)
-        path.write_bytes(pickle.dumps(content))
-        assert cure in refused(spec, path)
+        for protocol in (2, 4):
+            path.write_bytes(pickle.dumps(content, protocol))
+            said = refused(spec, path)
+            assert cure in said and "weights_only" not in said
     assert not sprung.exists()
 
 
@@ -363,6 +366,11 @@ def test_damaged_values_are_refused_by_name(
     tensor.view(-1)[-1] = value
     torch.save({"model": behind("module.", state | {name: tensor})}, tmp_path / "w.pt")
     assert f"w.pt: tensor 'module.{name}' {words}" in refused(spec, tmp_path / "w.pt")
+
+
+def test_a_sparse_tensor_is_refused(spec: AnySpec, state: State, tmp_path: Path) -> None:
+    torch.save(state | {"classifier.fc1.weight": state["classifier.fc1.weight"].to_sparse()}, tmp_path / "w")
+    assert "tensor 'classifier.fc1.weight' is torch.sparse_coo" in refused(spec, tmp_path / "w")
 
 
 def test_what_becomes_infinite_when_it_is_cast_is_refused(
