@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from pbkd.data import Data, DataSettings
+from pbkd.engine import LocalSession, Precision
 from pbkd.errors import UserError
 from pbkd.networks import (
     AnySpec,
@@ -25,7 +27,7 @@ from pbkd.networks import (
     weights_digest,
 )
 from pbkd.networks.weights import empty
-from pbkd.stages import Load
+from pbkd.stages import Context, Load
 from pbkd.weight_files import read_tensors, split_part
 from tests.unit.small_networks import random_norms, small_resnet
 
@@ -269,6 +271,27 @@ def test_a_stage_takes_a_part_by_any_path_and_its_key_holds_the_part(
     assert len(parts | {whole, identity("w.pt::model")}) == 3
     with pytest.raises(UserError, match=r"none\.pt::ema cannot be read"):
         identity("none.pt::ema")
+
+
+def test_a_stage_loads_the_part_it_names_or_the_only_one_that_fits(tmp_path: Path) -> None:
+    settings = DataSettings(name="digits")
+    data = Data(settings, {}, settings.describe())
+    context = Context(LocalSession(tmp_path, torch.device("cpu"), 0, 1, 60.0), {}, data, 0, Precision())
+    network = NetworkSettings(arch="resnet20")
+    state = fresh(architecture(network, (1, 8, 8), 10), 1).state_dict()
+    path = tmp_path / "w.ckpt"
+
+    def digest(weights: str) -> str:
+        stage = Load.model_validate({"network": network, "weights": weights})
+        return weights_digest(stage.run(context).state_dict())
+
+    torch.save({"model": state, "ema": others(state), "teacher": {"a.weight": torch.ones(1)}}, path)
+    assert digest(f"{path}::model") == weights_digest(state)
+    assert digest(f"{path}::ema") == weights_digest(others(state))
+    with pytest.raises(UserError, match="holds 2 sets of weights: 'model', 'ema'"):
+        digest(str(path))
+    torch.save({"teacher": {"a.weight": torch.ones(1)}, "ema": state}, path)
+    assert digest(str(path)) == weights_digest(state)
 
 
 def test_objects_are_never_unpickled_and_the_message_has_the_cure(
