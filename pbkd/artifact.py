@@ -7,20 +7,20 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from pbkd.errors import StageError, UserError
 from pbkd.networks import AnySpec, BlockNetwork, load_weights, read_spec, weights_digest
 from pbkd.networks.weights import empty
+from pbkd.weight_files import read_safetensors, read_tensors
+
+__all__ = ["Artifact", "load", "probe_input", "read", "read_tensors", "save"]
 
 FORMAT = 1
 FILES = WEIGHTS, SPEC = "weights.safetensors", "spec.json"
-STATE_DICT_SUFFIXES = (".pt", ".pth", ".bin", ".tar")
 PROBE_SEED = 20180713
 PROBE_TOLERANCE = 1e-3
 
@@ -104,7 +104,7 @@ def load(folder: Path) -> BlockNetwork:
     """
     artifact = read(folder)
     path = folder / WEIGHTS
-    tensors = read_tensors(path)
+    tensors = read_safetensors(path)
     if weights_digest(tensors) != artifact.weights_digest:
         raise UserError(f"{path}: the weights do not match their digest; the file was edited or damaged")
     network = empty(artifact.spec)
@@ -122,42 +122,6 @@ def load(folder: Path) -> BlockNetwork:
             f"{folder}: the network does not compute what it did when it was saved; use its pbkd version"
         )
     return network
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, or of a state_dict that torch.save wrote (read as weights only).
-
-    Raises:
-        UserError: the file is missing or is neither.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such weights file; give a .safetensors file, absolute or relative to here"
-        )
-    if path.suffix in STATE_DICT_SUFFIXES:
-        return _read_state_dict(path)
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read as safetensors ({error}); it is damaged or another format"
-        ) from error
-
-
-def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError, KeyError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(
-            f"{path}: holds more than tensors, or is damaged ({reason}); save network.state_dict() alone"
-        ) from error
-    for key in ("state_dict", "model"):  # where training scripts put it beside optimizer and epoch
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
-        raise UserError(f"{path}: is no state_dict of names and tensors; save network.state_dict() alone")
-    return dict(found)
 
 
 def _digest(spec: object, weights: str) -> str:

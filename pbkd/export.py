@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pbkd.artifact import read_tensors
 from pbkd.errors import StageError, UserError
 from pbkd.measure.modes import evaluating
 from pbkd.networks import BlockNetwork, fold_norms, load_weights, read_spec
 from pbkd.networks.weights import empty
+from pbkd.weight_files import read_safetensors
 
 Format = Literal["onnx", "pt2", "safetensors"]
 
@@ -314,7 +314,7 @@ def _read_safetensors(path: Path) -> BlockNetwork:
     with safe_open(path, "pt") as file:
         spec = read_spec(json.loads(file.metadata()["pbkd.spec"]))
     network = empty(spec)
-    load_weights(network, read_tensors(path), str(path))
+    load_weights(network, read_safetensors(path), str(path))
     return network.eval().requires_grad_(False)
 
 

@@ -34,7 +34,8 @@ def init(
         ),
     ],
     weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Your network's: safetensors, or a saved state_dict.")
+        Path | None,
+        typer.Option(metavar="FILE[::KEY]", help="Your network's: safetensors, or by torch.save."),
     ] = None,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="The library's own weights, for the same classes.")
@@ -60,7 +61,7 @@ def init(
 
     if weights is not None and pretrained:
         raise UserError("--pretrained: --weights gives the network's weights already; leave one of them out")
-    if weights is not None and not weights.is_file():
+    if weights is not None and not weights.is_file() and "::" not in str(weights):
         raise UserError(f"--weights {weights}: no such file; give one, absolute or relative to here")
     place = _place(data, root)
     name = "_".join(
@@ -152,10 +153,10 @@ def _render(
 
 def _try_out(text: str, weights: Path | None) -> None:
     """Plan the recipe, without its data, and put the weights in; the network has to be the user's then."""
-    from pbkd.artifact import read_tensors
     from pbkd.networks import TracedSpec, load_weights
     from pbkd.networks.equality import require_equal, require_exact
     from pbkd.networks.weights import empty
+    from pbkd.weight_files import read_tensors
     from pipelines.graph import build_graph
     from pipelines.recipe_file import load_recipe
 
@@ -166,7 +167,7 @@ def _try_out(text: str, weights: Path | None) -> None:
     spec = graph.nodes[graph.teacher].spec
     if weights is not None and spec is not None:
         network = empty(spec)
-        unused = load_weights(network, read_tensors(weights), str(weights))
+        unused = load_weights(network, read_tensors(weights, network), str(weights))
         if isinstance(spec, TracedSpec):
             require_equal(network, spec, unused=unused)
     elif isinstance(spec, TracedSpec):

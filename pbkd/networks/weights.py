@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from pbkd.errors import UserError
 from pbkd.networks.block_network import BlockNetwork, ConvLayer
 from pbkd.networks.partition import original_empty, original_fresh, original_name, traced_of, with_memory
 from pbkd.networks.spec import AnySpec, NetworkSpec, TracedSpec
+
+COMPILED = "_orig_mod."
+"""What torch.compile puts before the names of a module's tensors."""
+AVERAGED = "n_averaged"
+"""What torch's AveragedModel counts beside the averaged weights."""
 
 
 def empty(spec: AnySpec, device: torch.device | str = "cpu") -> BlockNetwork:
@@ -72,45 +77,105 @@ def load_weights(network: BlockNetwork, tensors: Mapping[str, Tensor], source: s
     """Copy `tensors` into `network`; the names are pbkd's own or those of public VGG and ResNet checkpoints.
 
     A foreign network's are also its own; what it has but does not use, such as auxiliary heads, is returned.
+    What DDP, torch.compile, Lightning or AveragedModel put before all names is removed, unless the network's
+    own names have it too.
 
     Raises:
-        UserError: a tensor is missing, is left over, or has another shape; names it, and both shapes.
+        UserError: tensors are missing, are left over, or have another shape; or weights are complex, NaN or
+            infinite, or variances negative. Names them as in the file.
     """
-    expected = network.state_dict()
-    given = _own_names(network, tensors)
-    unused = _taken_unused(network.spec, given, expected.keys())
-    for name in expected.keys() - given.keys():
-        if _is_in_no_file(name, network.spec):
-            given[name] = expected[name]
-        elif name.endswith("num_batches_tracked"):
-            given[name] = torch.zeros((), dtype=torch.long)
-    for name, tensor in expected.items():
-        if name not in given:
-            raise UserError(f"{source}: no tensor for '{name}' {tuple(tensor.shape)} of {network.spec.arch}")
-        if given[name].shape != tensor.shape:
+    names, unused = _divided(network, tensors)
+    if misfit := _misfit(network, tensors, names):
+        raise UserError(f"{source}: {misfit}")
+    values = {}
+    parameters = {name for name, _ in network.named_parameters()}
+    for name, own in network.state_dict().items():
+        if name not in names:
+            values[name] = own if _is_in_no_file(name, network.spec) else torch.zeros((), dtype=torch.long)
+            continue
+        values[name] = tensors[names[name]]
+        if damage := _damage(name, values[name], own, name in parameters):
             raise UserError(
-                f"{source}: tensor '{name}' has shape {tuple(given[name].shape)}, but {network.spec.arch} "
-                f"needs {tuple(tensor.shape)}; check the recipe's network and the data's classes"
+                f"{source}: tensor '{names[name]}' {damage}\n"
+                "its training diverged or the file is damaged; give weights that were saved earlier"
             )
-    if left := sorted(given.keys() - expected.keys()):
-        raise UserError(
-            f"{source}: {len(left)} tensors do not belong to {network.spec.arch}, first '{left[0]}'"
-        )
-    network.load_state_dict(given)
-    return unused
+    network.load_state_dict(values)
+    return {name: tensors[file_name] for name, file_name in unused.items()}
 
 
-def _taken_unused(spec: AnySpec, given: dict[str, Tensor], used: Container[str]) -> dict[str, Tensor]:
-    """Take out of `given`, and return, what the original has but does not use."""
-    if not isinstance(spec, TracedSpec):
-        return {}
-    original = traced_of(spec).module.state_dict()
-    return {name: given.pop(name) for name in list(given) if name in original and name not in used}
+def _divided(network: BlockNetwork, tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
+    """Names in the file, by the network's own, and by the original's where the network does not use it."""
+    names = _own_names(network, tensors)
+    if not isinstance(network.spec, TracedSpec):
+        return names, {}
+    used, original = network.state_dict().keys(), traced_of(network.spec).module.state_dict()
+    unused = {name: names.pop(name) for name in list(names) if name in original and name not in used}
+    return names, unused
 
 
 def _is_in_no_file(name: str, spec: AnySpec) -> bool:
     """Whether the original keeps a tensor out of its state_dict: only its builder knows it."""
     return isinstance(spec, TracedSpec) and original_name(name) not in traced_of(spec).module.state_dict()
+
+
+def fits(network: BlockNetwork, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether `load_weights` finds all it needs in `tensors`, by names and shapes, and nothing else."""
+    return not _misfit(network, tensors, _divided(network, tensors)[0])
+
+
+def few(names: Iterable[object], most: int = 3) -> str:
+    """List the first names for a message."""
+    listed = [f"'{name}'" for name in names]
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
+
+
+def _misfit(network: BlockNetwork, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> str:
+    """Say how `tensors`, whose names in the file `names` gives by ours, differ from the network's; or ""."""
+    expected = network.state_dict()
+    needed = [
+        name
+        for name in expected
+        if not (name.endswith("num_batches_tracked") or _is_in_no_file(name, network.spec))
+    ]
+    missing = [_shown(network, name) for name in needed if name not in names]
+    left = [file_name for name, file_name in names.items() if name not in expected]
+    shapes = [
+        f"'{names[name]}' has shape {tuple(tensors[names[name]].shape)}, but {network.spec.arch} needs "
+        f"{tuple(own.shape)}"
+        for name, own in expected.items()
+        if name in names and tensors[names[name]].shape != own.shape
+    ]
+    found = [f"{len(missing)} of {len(needed)} tensors missing: {few(missing)}"] if missing else []
+    found += [f"{len(left)} left over: {few(left)}"] if left else []
+    found += [f"{len(shapes)} of another shape: {', '.join(shapes[:2])}"] if shapes else []
+    if not found:
+        return ""
+    cure = f"check the recipe's network and the data's classes, which are {network.spec.num_classes}"
+    if missing or left:
+        cure = "give the network that the file was saved from, or name a part of the file: weights: FILE::KEY"
+    return f"does not hold the weights of {network.spec.arch}\n{'; '.join(found)}\n{cure}"
+
+
+def _shown(network: BlockNetwork, name: str) -> str:
+    """The name by which the user knows one of our tensors."""
+    return original_name(name) if isinstance(network.spec, TracedSpec) else name
+
+
+def _damage(name: str, given: Tensor, own: Tensor, is_parameter: bool) -> str:
+    """Say what makes `given` no weights of a trained network, or ""."""
+    if given.layout is not torch.strided or given.is_quantized:
+        return f"is {given.layout} of {given.dtype}, expected a dense tensor of numbers"
+    if given.is_complex() and not own.is_complex():
+        return f"is complex ({given.dtype}), expected real numbers"
+    given = given.to(own.dtype)
+    if name.endswith("running_var") and bool((given < 0).any()):
+        return "holds negative variances"
+    if is_parameter or name.endswith(("running_mean", "running_var")):  # a mask may be infinite
+        if bool(given.isnan().any()):
+            return "holds NaN"
+        if bool(given.isinf().any()):
+            return "holds infinite values"
+    return ""
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -145,30 +210,51 @@ _DENSENET_NAMES = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)")
 """torchvision's published DenseNets are from when a module's name might have a dot: `norm.1` for `norm1`."""
 
 
-def _own_names(network: BlockNetwork, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    given = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+def _own_names(network: BlockNetwork, file_names: Iterable[str]) -> dict[str, str]:
+    """The names in the file by ours, with as many wrappers removed as give most of our names."""
+    own = network.state_dict().keys()
+    candidates = [_renamed(network, names) for names in _unwrapped(file_names)]
+    return max(candidates, key=lambda names: len(own & names.keys()))
+
+
+def _unwrapped(file_names: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The names in the file by themselves; then, one by one, without what wrappers put before all of them."""
+    names = {name: name for name in file_names}
+    yield names
+    if any(COMPILED in name for name in names):  # also where only a module inside was compiled
+        names = {name.replace(COMPILED, ""): file_name for name, file_name in names.items()}
+        yield names
+    while True:
+        names = {name: file_name for name, file_name in names.items() if name != AVERAGED}
+        wrappers = {name.partition(".")[0] if "." in name else "" for name in names}
+        if len(wrappers) != 1 or "" in wrappers:
+            return
+        names = {name.partition(".")[2]: file_name for name, file_name in names.items()}
+        yield names
+
+
+def _renamed(network: BlockNetwork, names: dict[str, str]) -> dict[str, str]:
+    """`names` with its keys, from the file, replaced by ours where they are known."""
     if isinstance(network.spec, TracedSpec):
-        return _partitioned_names(network, network.spec, given)
+        return _partitioned_names(network, network.spec, names)
     if network.spec.arch.startswith("vgg"):
         table = _vgg_names(network)
-        return {_renamed_vgg(name, table): tensor for name, tensor in given.items()}
+        return {_renamed_vgg(name, table): file_name for name, file_name in names.items()}
     renamed = {}
-    for name, tensor in given.items():
+    for name, file_name in names.items():
         for pattern, replacement in _RESNET_NAMES:
             name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+        renamed[name] = file_name
     return renamed
 
 
-def _partitioned_names(
-    network: BlockNetwork, spec: TracedSpec, given: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _partitioned_names(network: BlockNetwork, spec: TracedSpec, given: dict[str, str]) -> dict[str, str]:
     own = network.state_dict().keys()
     if own <= given.keys():
         return given
-    given = {_DENSENET_NAMES.sub(r"\1\2", name): tensor for name, tensor in given.items()}
+    given = {_DENSENET_NAMES.sub(r"\1\2", name): file_name for name, file_name in given.items()}
     table = {original_name(name): name for name in own}
-    return {table.get(name, name): tensor for name, tensor in given.items()}
+    return {table.get(name, name): file_name for name, file_name in given.items()}
 
 
 def _vgg_names(network: BlockNetwork) -> dict[str, str]:

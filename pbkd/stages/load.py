@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from pbkd.artifact import read_tensors
 from pbkd.data import AbsolutePath, DataInfo
 from pbkd.errors import UserError
 from pbkd.networks import (
@@ -24,14 +23,15 @@ from pbkd.networks.builders import pretrained_arguments, pretrained_name, pretra
 from pbkd.networks.equality import BATCHES, require_equal
 from pbkd.networks.weights import empty
 from pbkd.stages.base import Context, Role, Stage
+from pbkd.weight_files import PART, read_tensors, split_part
 
 
 class Load(Stage):
     """Build `network` and give it its weights.
 
     Attributes:
-        weights: a .safetensors file, or a state_dict that torch.save wrote, with pbkd's names, those of
-            public VGGs and ResNets, or a foreign network's own.
+        weights: a safetensors file, or one that torch.save wrote, with pbkd's names, those of public VGGs
+            and ResNets, or a foreign network's own. `FILE::key` names one of several sets of weights in it.
         pretrained: instead of a file, the weights that torchvision or timm have for `network`.
     """
 
@@ -64,14 +64,16 @@ class Load(Stage):
     def _identity(self) -> str:
         if self.weights is None:
             return pretrained_name(self.network.arch)
+        path, part = split_part(self.weights)
         try:
-            with self.weights.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(
-                f"weights: {self.weights} cannot be read ({error.strerror}); give a .safetensors file, "
+                f"weights: {self.weights} cannot be read ({error.strerror}); give a weights file, "
                 f"for example stages.teacher.weights=FILE"
             ) from error
+        return digest if part is None else f"{digest}{PART}{part}"
 
     def _network(self) -> AnyNetworkSettings:
         """With the arguments that its pretrained weights need."""
@@ -92,7 +94,7 @@ class Load(Stage):
         if self.weights is None:
             source, tensors = f"the weights of {self.network.arch}", pretrained_tensors(self.network.arch)
         else:
-            source, tensors = str(self.weights), read_tensors(self.weights)
+            source, tensors = str(self.weights), read_tensors(self.weights, network)
         unused = load_weights(network, tensors, source)
         if isinstance(network.spec, TracedSpec):
             require_equal(network, network.spec, context.images(max(BATCHES)).cpu(), unused)

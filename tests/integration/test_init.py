@@ -72,8 +72,9 @@ MISTAKES = {
         "pets",
         "--weights",
         "mine.pt",
-    ): "mine.pt: no tensor for 'blocks.0.layer1.2",
+    ): "tensors missing: 'layer1.2.conv1.weight', 'layer1.2.bn1.weight'",
     ("torchvision/resnet18", "--data", "pets", "--weights", "none.pt"): "--weights none.pt: no such file",
+    ("torchvision/resnet18", "--data", "pets", "--weights", "mine.pt::ema"): "mine.pt: has no weights 'ema'",
     ("torchvision/resnet18", "--data", "digits"): "fails at 'conv1' on an image of 1x8x8",
     (
         "torchvision/resnet18",
