@@ -84,7 +84,10 @@ def test_two_nodes_train_as_two_processes_here_and_as_one_through_a_time_limit_a
     ]
     assert [row["step"] for row in histories[0]] == [row["step"] for row in histories[1]]
     losses = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in histories]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[0][-1] < losses[0][0] - 0.03
+    assert losses[0][-1] < losses[0][0] - 0.03
+    # Of the epoch that the time limit divided, the mean is without the second node's first losses.
+    differ = [number for number, (a, b) in enumerate(zip(*losses, strict=True)) if abs(a - b) > 1e-4]
+    assert len(differ) <= 1 and losses[1][-1] == pytest.approx(losses[0][-1], abs=1e-4)
 
     one, shared = samples(alone, teachers[0]), samples(store.parent / "steps", teachers[1])
     assert {len(shares) for shares in shared.values()} == {2}, "both nodes trained in every step"
