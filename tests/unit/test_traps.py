@@ -1,0 +1,118 @@
+"""Networks with something that a copy could get wrong: the copy is equal, or refused with a reason."""
+
+import copy
+
+import pytest
+import torch
+
+from pbkd.errors import UserError
+from pbkd.networks import TracedSpec, architecture, load_weights, settings_of
+from pbkd.networks.channels import left_alone, original_tensors, removed_by
+from pbkd.networks.equality import require_equal, require_exact
+from pbkd.networks.weights import empty
+from pbkd.stages.prune_foreign import ForeignPruning
+from tests.unit.trap_networks import NETWORKS
+
+SHAPE, CLASSES = (3, 8, 8), 10
+REFUSED = {
+    "WritesIntoAPart": "'a' is not|writes into a tensor that is read in another form later",
+    "AssignsItems": "item assignment",
+    "CountsItsCalls": "writes into its own state",
+    "AlwaysRandom": "another result each time",
+    "Squeezed": "flatten",
+}
+# What keeps its channels: layers that no other rule may narrow.
+ALONE = {
+    "ShuffledByView", "ShuffledByModule", "Gated", "Chunked", "Sliced", "PixelShuffled", "WeightNorm", "SpectralNorm",
+    "ParametrizedNorm", "Transposed", "Attributes", "Buffers", "WritesIntoHalvesApart",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PBKD_ALLOW_IMPORT", "1")
+
+
+def spec_of(name: str) -> TracedSpec:
+    spec = architecture(settings_of(f"tests.unit.trap_networks:build_{name}"), SHAPE, CLASSES)
+    assert isinstance(spec, TracedSpec)
+    return spec
+
+
+def trained(name: str) -> torch.nn.Module:
+    """As if it had been trained."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    for part in network.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_mean.normal_(std=0.3)
+            part.running_var.uniform_(0.5, 2.0)
+            part.weight.data.uniform_(0.5, 2.0)
+            part.bias.data.normal_(std=0.3)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - REFUSED.keys()))
+def test_the_copy_is_equal_and_what_does_nothing_can_go(name: str) -> None:
+    original, spec = trained(name), spec_of(name)
+    require_exact(spec)
+    network = empty(spec)
+    unused = load_weights(network, original.state_dict(), "weights")
+    assert unused == {}
+    network.eval().requires_grad_(False)
+    for count in (1, 8):
+        images = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(count))
+        given = images.clone()
+        with torch.no_grad():
+            assert torch.equal(network(given), original(images.clone())), count
+        assert torch.equal(given, images), "the images are the caller's"
+    require_equal(network, spec, images)
+    try:
+        pruning = ForeignPruning.of(network, spec, "interior", "l1")
+    except UserError:
+        assert name in ALONE
+        return
+    double = copy.deepcopy(network).double()
+    tensors = original_tensors(double)
+    generator = torch.Generator().manual_seed(2)
+    kept = [
+        group.strongest(torch.rand(group.size, generator=generator), group.left(group.size / 2))
+        for group in pruning.groups
+    ]
+    removed = removed_by(pruning.groups, kept, tensors)
+    readers = {
+        (member.tensor, member.dimension)
+        for group in pruning.groups
+        for member in group.members
+        if member.role == "input"
+    }
+    for (tensor, dimension), entries in removed.items():
+        if (tensor, dimension) in readers:
+            tensors[tensor].movedim(dimension, 0)[entries] = 0.0
+    silenced = ForeignPruning(double, pruning.groups, pruning.scores)
+    images = images.double()
+    with torch.no_grad():
+        expected, found = double(images), silenced.without(removed).double()(images)
+    assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_cannot_be_copied_is_refused_with_a_reason(name: str) -> None:
+    with pytest.raises(UserError, match=REFUSED[name]) as refused:
+        require_exact(spec_of(name))
+    assert len(str(refused.value).splitlines()) <= 3 and f"build_{name}" in str(refused.value)
+
+
+def test_functional_dropout_is_kept_while_training() -> None:
+    network = empty(spec_of("FunctionalDropout"))
+    load_weights(network, trained("FunctionalDropout").state_dict(), "weights")
+    image = torch.randn(1, *SHAPE)
+    with torch.no_grad():
+        assert torch.equal(network.eval()(image), network(image))
+        assert not torch.equal(network.train()(image), network(image))
+
+
+def test_layers_that_keep_their_channels_are_named() -> None:
+    spec = spec_of("Chunked")
+    for index in range(len(spec.blocks)):
+        print(left_alone(spec, index))

@@ -1,0 +1,405 @@
+"""Networks of ten classes for images of 3x8x8, each with something that a copy could get wrong."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {}
+
+
+def cbr(
+    before: int, after: int, kernel: int = 3, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Module:
+    """Convolution, BatchNorm, ReLU."""
+    padding = dilation * (kernel // 2)
+    layer = nn.Conv2d(before, after, kernel, stride, padding, dilation, groups, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(after), nn.ReLU())
+
+
+class Around(nn.Module):
+    """A unit of 16 channels, with its own forward, between others."""
+
+    channels = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = cbr(3, 16)
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, self.channels, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.down = cbr(self.channels, 24, stride=2)
+        self.last = cbr(24, 24)
+        self.fc = nn.Linear(24, 10)
+
+    def unit(self, x: Tensor) -> Tensor:
+        """(N, 16, 8, 8) -> (N, `channels`, 8, 8)."""
+        return self.b(self.a(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, 8, 8) -> (N, 10)."""
+        return self.fc(self.last(self.down(self.unit(self.enter(x)))).mean((2, 3)))
+
+
+def trap(network: type[nn.Module]) -> type[nn.Module]:
+    """Let it be built by its name."""
+    NETWORKS[network.__name__] = network
+    globals()[f"build_{network.__name__}"] = network
+    return network
+
+
+@trap
+class InplaceModule(Around):
+    def unit(self, x):
+        y = self.a(x)
+        self.relu(y)
+        y = self.b(y)
+        self.relu(y)
+        return y
+
+
+@trap
+class InplaceFunction(Around):
+    def unit(self, x):
+        y = self.a(x)
+        F.relu(y, inplace=True)
+        y = self.b(y)
+        F.leaky_relu(y, 0.2, True)
+        torch.relu_(y)
+        return y
+
+
+@trap
+class InplaceMethod(Around):
+    def unit(self, x):
+        y = self.a(x)
+        y.clamp_(min=0).mul_(2.0)
+        y.add_(x)
+        y.sub_(0.1)
+        return self.b(y)
+
+
+@trap
+class Filled(Around):
+    def unit(self, x):
+        y = self.a(x)
+        z = torch.empty_like(y)
+        z.copy_(y)
+        z.fill_(0.5)
+        return self.b(y) + self.a(z)
+
+
+@trap
+class Augmented(Around):
+    def unit(self, x):
+        y = self.a(x)
+        y += x
+        y *= 0.5
+        y -= 1.0
+        y /= 3.0
+        return self.b(y)
+
+
+@trap
+class Alias(Around):
+    def unit(self, x):
+        y = self.a(x)
+        same = y
+        same.relu_()
+        return self.b(y) + x
+
+
+@trap
+class AliasByIdentity(Around):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def unit(self, x):
+        y = self.a(x)
+        same = self.drop(y)
+        self.relu(same)
+        return self.b(y)
+
+
+@trap
+class ChangesItsImages(Around):
+    def forward(self, x):
+        x.sub_(0.5).mul_(2.0)
+        return super().forward(x)
+
+
+@trap
+class PreActivation(Around):
+    """The in-place ReLU also changes what the shortcut adds."""
+
+    def unit(self, x):
+        x = self.b(x)
+        y = self.relu(x)
+        y = self.a(y)
+        return y + x
+
+
+@trap
+class WritesIntoAPart(Around):
+    def unit(self, x):
+        y = self.a(x)
+        y[:, :8].relu_()
+        return self.b(y)
+
+
+@trap
+class WritesIntoHalvesApart(Around):
+    """Nobody else looks at the halves that are written into."""
+
+    def unit(self, x):
+        first, second = self.a(x).chunk(2, 1)
+        first.relu_()
+        second.mul_(2.0)
+        return self.b(torch.cat([second, first], 1))
+
+
+@trap
+class AssignsItems(Around):
+    def unit(self, x):
+        y = self.a(x)
+        y[:, 0] = 0.0
+        return self.b(y)
+
+
+@trap
+class CountsItsCalls(Around):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def unit(self, x):
+        self.calls.add_(1.0)
+        return self.b(self.a(x)) * self.calls
+
+
+@trap
+class ShuffledByView(Around):
+    def unit(self, x):
+        y = self.a(x)
+        n, c, h, w = y.shape
+        return self.b(y.view(n, 4, c // 4, h, w).transpose(1, 2).reshape(n, c, h, w))
+
+
+@trap
+class ShuffledByModule(Around):
+    def __init__(self):
+        super().__init__()
+        self.shuffle = nn.ChannelShuffle(4)
+
+    def unit(self, x):
+        return self.b(self.shuffle(self.a(x)))
+
+
+@trap
+class PaddedChannels(Around):
+    channels = 24
+
+    def unit(self, x):
+        return self.b(self.a(x)) + F.pad(x, (0, 0, 0, 0, 3, 5))
+
+
+@trap
+class Chunked(Around):
+    def unit(self, x):
+        first, second = self.a(x).chunk(2, 1)
+        return self.b(torch.cat([second, torch.sigmoid(first)], 1))
+
+
+@trap
+class Gated(Around):
+    channels = 16
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(8, 16, 1)
+
+    def unit(self, x):
+        first, second = self.a(x).split(8, 1)
+        return self.c(first * torch.sigmoid(second))
+
+
+@trap
+class Sliced(Around):
+    def unit(self, x):
+        y = self.a(x)
+        return self.b(torch.cat([y[:, ::2], y[:, 1::2]], 1))
+
+
+@trap
+class PixelShuffled(Around):
+    def __init__(self):
+        super().__init__()
+        self.up, self.c = nn.PixelShuffle(2), nn.Conv2d(4, 16, 3, padding=1)
+
+    def unit(self, x):
+        return self.c(self.up(self.a(x))) + self.c(self.up(self.b(x)))
+
+
+@trap
+class SharedModule(Around):
+    def unit(self, x):
+        return self.b(self.a(F.relu(self.a(x))))
+
+
+@trap
+class TiedWeights(Around):
+    def __init__(self):
+        super().__init__()
+        self.b.weight = self.a.weight
+
+    def unit(self, x):
+        return self.b(F.relu(self.a(x)))
+
+
+@trap
+class WeightNorm(Around):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.utils.weight_norm(self.a)
+
+
+@trap
+class SpectralNorm(Around):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.utils.spectral_norm(self.a)
+
+
+@trap
+class ParametrizedNorm(Around):
+    def __init__(self):
+        super().__init__()
+        self.a = parametrizations.weight_norm(self.a)
+
+
+@trap
+class Buffers(Around):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kept", torch.full((1, 16, 1, 1), 0.3))
+        self.register_buffer("mean", torch.full((1, 16, 1, 1), 0.7), persistent=False)
+
+    def unit(self, x):
+        return self.b(self.a(x - self.mean) * self.kept)
+
+
+@trap
+class Attributes(Around):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.linspace(0.5, 1.5, 16).view(1, 16, 1, 1)
+
+    def unit(self, x):
+        return self.b(self.a(x) * self.scale)
+
+
+@trap
+class FunctionalDropout(Around):
+    def unit(self, x):
+        return self.b(F.dropout(F.relu(self.a(x)), 0.5, self.training))
+
+
+@trap
+class AlwaysRandom(Around):
+    def unit(self, x):
+        return self.b(F.dropout(F.relu(self.a(x)), 0.5))
+
+
+@trap
+class Squeezed(Around):
+    def forward(self, x):
+        x = self.last(self.down(self.unit(self.enter(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).squeeze())
+
+
+@trap
+class OneChannel(Around):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(16, 1, 3, padding=1)
+
+    def unit(self, x):
+        return self.b(F.relu(self.a(x))) * torch.sigmoid(self.one(x))
+
+
+@trap
+class Grouped(Around):
+    def __init__(self):
+        super().__init__()
+        self.g, self.d = cbr(16, 16, groups=4), cbr(16, 16, groups=16)
+
+    def unit(self, x):
+        return self.b(self.d(self.g(F.relu(self.a(x)))))
+
+
+@trap
+class Dilated(Around):
+    def __init__(self):
+        super().__init__()
+        self.wide = cbr(16, 16, dilation=2)
+
+    def unit(self, x):
+        return self.b(self.wide(F.relu(self.a(x))))
+
+
+@trap
+class Transposed(Around):
+    def __init__(self):
+        super().__init__()
+        self.shrink, self.grow = cbr(16, 16, stride=2), nn.ConvTranspose2d(16, 16, 2, 2)
+
+    def unit(self, x):
+        return self.b(F.relu(self.grow(self.shrink(F.relu(self.a(x))))))
+
+
+@trap
+class Dense(Around):
+    channels = 40
+
+    def __init__(self):
+        super().__init__()
+        self.b, self.c = nn.Conv2d(24, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+
+    def unit(self, x):
+        x = torch.cat([x, F.relu(self.c(x))], 1)
+        return torch.cat([x, F.relu(self.b(x))], 1)
+
+
+@trap
+class SqueezeExcite(Around):
+    def __init__(self):
+        super().__init__()
+        self.squeeze, self.excite = nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1)
+
+    def unit(self, x):
+        y = F.relu(self.a(x))
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
+        return self.b(y * gate)
+
+
+@trap
+class SqueezeExciteLinear(Around):
+    def __init__(self):
+        super().__init__()
+        self.squeeze, self.excite = nn.Linear(16, 4), nn.Linear(4, 16)
+
+    def unit(self, x):
+        y = F.relu(self.a(x))
+        gate = torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1).flatten(1)))))
+        return self.b(y * gate[:, :, None, None])
+
+
+@trap
+class SqueezeExciteInplace(SqueezeExcite):
+    def unit(self, x):
+        y = self.relu(self.a(x))
+        gate = self.excite(self.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))).sigmoid_()
+        y *= gate
+        return self.b(y)
