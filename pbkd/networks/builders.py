@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import inspect
 import os
 import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from pbkd.errors import UserError
+from pbkd.networks.own_code import digest_of_code, is_library_file
 from pbkd.networks.spec import Scalar
 from pbkd.torchvision_compat import import_torchvision
 
@@ -43,15 +42,14 @@ class ForeignSettings(BaseModel):
     arguments: dict[str, Scalar] = {}
 
     def code_digest(self) -> str | None:
-        """sha256 of the user's file that `arch` names, for stage keys; a library counts by its name.
+        """sha256 of the user's code that `arch` names and of what it imports, for stage keys.
+
+        None for a library's network, which counts by its name; see `digest_of_code`.
 
         Raises:
-            UserError: it may not or cannot be imported.
+            UserError: the code may not or cannot be imported, or one of its files cannot be read.
         """
-        if ":" not in self.arch:
-            return None
-        file = _imported(self.arch).__file__
-        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return digest_of_code(_imported(self.arch)) if ":" in self.arch else None
 
 
 def is_foreign(arch: str) -> bool:
@@ -218,14 +216,10 @@ def _raised(error: Exception) -> str:
     said = f"{type(error).__name__}: {_first_line(error)}"
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {said}"
-    paths = sysconfig.get_paths()
-    others = (
-        paths["stdlib"],
-        paths["purelib"],
-        paths["platlib"],
-        f"{Path(__file__).parents[1]}{os.sep}",
-        "<",
-    )
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(others)]
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith("<") and not is_library_file(frame.filename)
+    ]
     return f"{own[-1].filename}, line {own[-1].lineno}: {said}" if own else said

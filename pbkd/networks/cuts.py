@@ -9,7 +9,8 @@ from itertools import groupby, pairwise
 from torch import fx, nn
 
 from pbkd.errors import UserError
-from pbkd.networks.trace import Trace, paths_of
+from pbkd.networks.mistakes import paths_of
+from pbkd.networks.trace import Trace
 
 
 def cut_name(traced: Trace, before: fx.Node | None, end: fx.Node) -> str:

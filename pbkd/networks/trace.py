@@ -13,7 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pbkd.errors import UserError
+from pbkd.networks import mistakes
 from pbkd.networks.builders import build_module
+from pbkd.networks.mistakes import Shape, paths_of, place_of
 from pbkd.networks.spec import Scalar, TracedSpec
 from pbkd.networks.writes import KEPT_WITH_NEXT, without_writes, work_out_of_place
 
@@ -24,7 +26,6 @@ _BEHIND_LOGITS = (
     "relu", "avg_pool2d", "adaptive_avg_pool2d", "dropout", "flatten", "mean", "squeeze",
 )  # fmt: skip
 """What may follow a convolution that gives the logits."""
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,8 @@ def _single_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _check_one_input(module: nn.Module, arch: str) -> None:
+    if (wrong := mistakes.transformer(module)) is not None:  # few can be traced
+        raise UserError(f"network {arch}: {wrong}")
     parameters = signature(module.forward).parameters.values()
     needed = [
         parameter.name
@@ -195,10 +198,8 @@ def _check_one_input(module: nn.Module, arch: str) -> None:
 def _check_one_output(graph: fx.Graph, arch: str) -> None:
     (output,) = (node for node in graph.nodes if node.op == "output")
     if not isinstance(output.args[0], fx.Node):
-        raise UserError(
-            f"network {arch}: gives {len(output.all_input_nodes)} tensors in a "
-            f"{type(output.args[0]).__name__}; wrap it in a module that gives the logits alone"
-        )
+        places = [place_of(node) for node in output.all_input_nodes]
+        raise UserError(f"network {arch}: {mistakes.not_one_tensor(output.args[0], places)}")
 
 
 def _simplify(module: nn.Module, graph: fx.Graph) -> None:
@@ -233,30 +234,26 @@ def _shapes(module: nn.Module, graph: fx.Graph, reference: Reference) -> dict[fx
         with torch.no_grad():
             result = recorder.run(image)
     except Exception as error:  # the user's modules may raise anything
-        where = place_of(recorder.current) if recorder.current is not None else "its input"
-        size = "x".join(map(str, reference.input_shape))
-        raise UserError(
-            f"network {reference.arch}: fails at '{where}' on an image of {size}: {_reason(error)}"
-        ) from error
-    assert isinstance(result, Tensor)
+        assert recorder.current is not None, "the input is a node"
+        wrong = mistakes.failure(
+            module, recorder.current, recorder.shapes, reference.input_shape, _reason(error)
+        )
+        raise UserError(f"network {reference.arch}: {wrong}") from error
+    if not isinstance(result, Tensor):
+        places = [place_of(node) for node in result_of(graph).all_input_nodes]
+        raise UserError(f"network {reference.arch}: {mistakes.not_one_tensor(result, places)}")
     return recorder.shapes
 
 
 def _check_classifier(
     module: nn.Module, graph: fx.Graph, shapes: Mapping[fx.Node, Shape], reference: Reference
 ) -> None:
-    last = last_layer(module, graph)
-    if last is None:
-        raise UserError(
-            f"network {reference.arch}: is no classifier that ends in a linear layer or a 1x1 convolution, "
-            f"but in '{place_of(result_of(graph))}'; only logits will do, without softmax"
-        )
-    found = shapes[result_of(graph)]
-    if found != (1, reference.num_classes):
-        raise UserError(
-            f"network {reference.arch}: gives logits of shape {found[1:]}, but the data have "
-            f"{reference.num_classes} classes; give its last layer, '{last.target}', as many outputs"
-        )
+    last, end, found = last_layer(module, graph), result_of(graph), shapes[result_of(graph)]
+    if last is not None and found == (1, reference.num_classes):
+        return
+    layer = None if last is None else place_of(last)
+    wrong = mistakes.wrong_output(module, end, shapes, layer, reference.num_classes)
+    raise UserError(f"network {reference.arch}: {wrong}")
 
 
 def last_layer(module: nn.Module, graph: fx.Graph) -> fx.Node | None:
@@ -343,23 +340,9 @@ def _pools(module: nn.Module, node: fx.Node, before: Shape, after: Shape) -> boo
     return node.target in _ADAPTIVE_FUNCTIONS or (after == (1, 1) and before != (1, 1))
 
 
-def paths_of(node: fx.Node) -> list[str]:
-    """The modules a node runs in, outermost first."""
-    stack: Mapping[str, Any] = node.meta.get("nn_module_stack", {})
-    paths = [path for path in (entry[0] for entry in stack.values()) if path]
-    if node.op == "call_module" and str(node.target) not in paths:
-        paths.append(str(node.target))
-    return paths
-
-
 def _places(graph: fx.Graph) -> dict[str, fx.Node]:
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
     return {node.name: node for node in nodes} | {path: node for node in nodes for path in paths_of(node)}
-
-
-def place_of(node: fx.Node) -> str:
-    """The innermost module that `node` runs in, or its own name."""
-    return (paths_of(node) or [node.name])[-1]
 
 
 def _reason(error: Exception) -> str:

@@ -197,10 +197,10 @@ def test_a_module_of_ones_own_goes_through_inspect_run_and_lineage(folder: Path)
 MISTAKES = {
     "own_net:branching": "Branching.forward cannot be traced",
     "own_net:two": "Two.forward takes 2 inputs (x, y)",
-    "own_net:pair": "gives 1 tensors in a tuple",
+    "own_net:pair": "gives a tuple of 2 (from 'classify'), expected the logits",
     "own_net:shared": "run in more than one block",
-    "own_net:unfinished": "ends in a linear layer or a 1x1 convolution, but in 'softmax'",
-    "own_net:seven": "gives logits of shape (7,), but the data have 10 classes",
+    "own_net:unfinished": "ends in softmax, 'softmax', expected logits (N, 10)",
+    "own_net:seven": "gives logits (N, 7), but the data have 10 classes",
     "own_net:nothing": "gives a NoneType, expected a torch.nn.Module",
     "own_net:smal": "its module has no function 'smal'",
     "own_net:forgetful": "own_net.py, line LINE: KeyError: 'late'",
