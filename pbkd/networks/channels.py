@@ -27,7 +27,11 @@ from pbkd.networks.partition import (
     with_memory,
 )
 from pbkd.networks.spec import TracedPart, TracedSpec
+from pbkd.networks.trace import detach_attributes
 
+OF_NUMBER = "the forward works with no other number of them"
+OF_VALUE = "others change when some are removed, as behind a shuffle, a padding or a norm over channels"
+COMPUTED = "its weights are computed from other tensors, as by weight or spectral norm"
 ROUNDING = 1e-9
 SMALL_SIDES = (8, 16, 32)
 """Of maps on which it is tried out what goes together."""
@@ -239,23 +243,34 @@ def _usable(
         found = list(_found(part, x, interface))
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise UserError(
-            f"{what} mixes its channels in a way that Torch-Pruning cannot follow ({error}); "
-            "it can teach, but not be narrowed"
+            f"{what} keeps its channels: it divides, joins or mixes them in a way that cannot be followed\n"
+            "it can teach, but not be narrowed; choose network.cuts so that this is in a block of its own"
         ) from error
     trial = _Trial(part, x)
-    reason = trial.objection(found) if found else None
-    reasons = {} if reason is None else {group.root: trial.objection([group]) for group in found}
-    usable = [group for group in found if reasons.get(group.root) is None]
-    alone = tuple(
-        (names[root].rpartition(".")[0], reason) for root, reason in reasons.items() if reason is not None
-    )
-    if found and (not usable or (alone and trial.objection(usable) is not None)):
-        places = ", ".join(sorted({names[group.root].rpartition(".")[0] for group in found})[:3])
+    reasons = {
+        group.root: None if all(member.tensor in names for member in group.members) else COMPUTED
+        for group in found
+    }
+    stored = [group for group in found if reasons[group.root] is None]
+    if stored and trial.objection(stored) is not None:
+        reasons |= {group.root: trial.objection([group]) for group in stored}
+    usable = [group for group in stored if reasons[group.root] is None]
+    if len(usable) < len(stored) and usable and (reason := trial.objection(usable)) is not None:
+        reasons, usable = dict.fromkeys(reasons, reason), []
+    alone = tuple((_layer(root, names), reason) for root, reason in reasons.items() if reason is not None)
+    if found and not usable:
+        places = ", ".join(sorted({layer for layer, _ in alone})[:3])
         raise UserError(
-            f"{what} keeps its channels: of {places}, {reason}\n"
+            f"{what} keeps its channels: of {places}, {alone[0][1]}\n"
             "it can teach, but not be narrowed; choose network.cuts so that this is in a block of its own"
         )
     return tuple(group.renamed(names) for group in usable), alone
+
+
+def _layer(tensor: str, names: Mapping[str, str]) -> str:
+    """The layer of a tensor of a part, by its name in the original; the tensor may be a computed one."""
+    path = tensor.rpartition(".")[0]
+    return next(names[name].rpartition(".")[0] for name in names if name.startswith(f"{path}."))
 
 
 class _Trial:
@@ -282,24 +297,27 @@ class _Trial:
             group.strongest(torch.rand(group.size, generator=indices), group.left(group.size / 2))
             for group in groups
         ]
+        try:
+            expected = self._silenced(groups, kept, tensors)(self._x)
+            with redirect_stderr(io.StringIO()):  # where torch.fx explains what failed
+                found = _narrowed(self._part, groups, kept)(self._x)
+        except Exception:  # noqa: BLE001  # the user's forward may raise anything
+            return OF_NUMBER
+        if found.shape != expected.shape:
+            return OF_NUMBER
+        if not bool((found - expected).abs().max() <= ROUNDING * expected.abs().max()):
+            return OF_VALUE
+        return None
+
+    def _silenced(
+        self, groups: Sequence[ChannelGroup], kept: Sequence[Tensor], tensors: Mapping[str, Tensor]
+    ) -> nn.Module:
         silent = copy.deepcopy(self._part)
         for group, stay in zip(groups, kept, strict=True):
             readers = replace(group, members=tuple(m for m in group.members if m.role == "input"))
             for (name, dimension), entries in removed_by([readers], [stay], tensors).items():
                 silent.get_parameter(name).movedim(dimension, 0)[entries] = 0.0
-        expected = silent(self._x)
-        try:
-            with redirect_stderr(io.StringIO()):  # where torch.fx explains what failed
-                found = _narrowed(self._part, groups, kept)(self._x)
-        except Exception:  # noqa: BLE001  # the user's forward may raise anything
-            return "its forward counts on their number: let it read that from its input's shape"
-        if found.shape != expected.shape:
-            return "its forward counts on their number: let it read that from its input's shape"
-        if not bool((found - expected).abs().max() <= ROUNDING * expected.abs().max()):
-            return (
-                "others change when some are removed, as behind a shuffle, a padding or a norm over channels"
-            )
-        return None
+        return silent
 
 
 class _Affine(nn.Module):
@@ -352,6 +370,7 @@ def _found(part: nn.Module, x: Tensor, interface: _Interface) -> Iterator[Channe
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")  # of operations it does not know, which `_usable` tries out
         graph.build_dependency(whole, [x], verbose=False)
+    detach_attributes(part)
     outside = {interface.entry, interface.exit} - {None}
     layers = [
         layer

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from pbkd.errors import UserError
 from pbkd.networks.block_network import BlockNetwork
+from pbkd.networks.mistakes import place_of
 from pbkd.networks.partition import original_fresh, original_name, traced_of, unnarrowed
 from pbkd.networks.spec import TracedSpec
-from pbkd.networks.trace import Reference, place_of, result_of
+from pbkd.networks.trace import Reference, result_of
 
 BATCHES = (1, 8)
 ROUNDING = 1e-9
@@ -111,11 +112,6 @@ def _require_repeatable(original: nn.Module, image: Tensor, arch: str) -> None:
         with _deterministic():
             torch.manual_seed(seed)
             results.append(original(image.clone()))
-    if not torch.equal(*results):
-        raise UserError(
-            f"network {arch}: gives another result each time for the same image, in eval mode too\n"
-            "let what is random ask self.training: F.dropout(x, p, self.training), or nn.Dropout"
-        )
     changed = [
         name for name, tensor in original.state_dict().items() if not torch.equal(tensor, before[name])
     ]
@@ -123,6 +119,11 @@ def _require_repeatable(original: nn.Module, image: Tensor, arch: str) -> None:
         raise UserError(
             f"network {arch}: changes its own tensor '{changed[0]}' in eval mode\n"
             "let it do so in training alone: if self.training: ..."
+        )
+    if not torch.equal(*results):
+        raise UserError(
+            f"network {arch}: gives another result each time for the same image, in eval mode too\n"
+            "let what is random ask self.training: F.dropout(x, p, self.training), or nn.Dropout"
         )
 
 

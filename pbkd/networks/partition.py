@@ -121,13 +121,19 @@ def parts_of(spec: TracedSpec, original: nn.Module) -> tuple[nn.Module, list[nn.
 
 
 def _hold_state(module: nn.Module) -> None:
-    """Make buffers of what is in no state_dict, in place: an artifact has to hold all that a network is."""
+    """Make buffers of what is in no state_dict, in place: an artifact has to hold all that a network is.
+
+    What a hook before the forward computes anew, as old-style weight and spectral norm do, is left to it.
+    """
     for part in module.modules():
         part._non_persistent_buffers_set.clear()
         for name, value in list(vars(part).items()):
             if isinstance(value, Tensor):
                 delattr(part, name)
-                part.register_buffer(name, value.detach())
+                if part._forward_pre_hooks:
+                    setattr(part, name, value.detach())
+                else:
+                    part.register_buffer(name, value.detach())
 
 
 def parts_in(spec: TracedSpec) -> tuple[TracedPart, ...]:

@@ -21,6 +21,10 @@ from pbkd.networks.writes import KEPT_WITH_NEXT, without_writes, work_out_of_pla
 
 _ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _ADAPTIVE_FUNCTIONS = (nn.functional.adaptive_avg_pool2d, nn.functional.adaptive_max_pool2d)
+_DROPOUTS = (
+    nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
+    nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout,
+)  # fmt: skip
 _BEHIND_LOGITS = (
     "ReLU", "AvgPool2d", "AdaptiveAvgPool2d", "Dropout", "Flatten",
     "relu", "avg_pool2d", "adaptive_avg_pool2d", "dropout", "flatten", "mean", "squeeze",
@@ -51,14 +55,24 @@ class Reference:
         return build_module(self.arch, dict(self.arguments), self.input_shape, self.num_classes)
 
     def build_meta(self) -> nn.Module:
-        """The same without memory for its weights."""
+        """The same without memory for its weights; it can be copied."""
         try:
             with torch.device("meta"):
-                return self.build()
+                module = self.build()
         except UserError as error:  # perhaps a builder that computes with numbers
             if not isinstance(error.__cause__, RuntimeError):
                 raise
-            return self.build().to("meta")
+            module = self.build().to("meta")
+        return detach_attributes(module)
+
+
+def detach_attributes(module: nn.Module) -> nn.Module:
+    """Make `module`, in place, one that can be copied: old-style weight norm keeps a computed weight."""
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, Tensor):
+                setattr(part, name, value.detach())
+    return module
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,7 @@ def trace(reference: Reference) -> Trace:
     _shapes(module, graph, reference)  # what fails, fails here, in words that say where
     without_writes(module, graph, image, reference.arch, place_of)
     work_out_of_place(module, graph)
+    _keep_dropout(graph)
     _simplify(module, graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     shapes = _shapes(module, graph, reference)
@@ -200,6 +215,17 @@ def _check_one_output(graph: fx.Graph, arch: str) -> None:
     if not isinstance(output.args[0], fx.Node):
         places = [place_of(node) for node in output.all_input_nodes]
         raise UserError(f"network {arch}: {mistakes.not_one_tensor(output.args[0], places)}")
+
+
+def _keep_dropout(graph: fx.Graph) -> None:
+    """Let functions that drop out ask whether they train: traced in eval mode, they never would."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _DROPOUTS:
+            given = signature(node.target).bind(*node.args, **node.kwargs).arguments
+            if given.get("training", True) is False:
+                with graph.inserting_before(node):
+                    training = graph.create_node("get_attr", "training")
+                node.args, node.kwargs = (), given | {"training": training}
 
 
 def _simplify(module: nn.Module, graph: fx.Graph) -> None:

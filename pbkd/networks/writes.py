@@ -104,7 +104,9 @@ def without_writes(
     with torch.no_grad():
         recorder.run(image)
     position = {node: index for index, node in enumerate(graph.nodes)}
-    for writer, given in recorder.written.items():
+    newest: dict[fx.Node, fx.Node] = {}
+    for writer, written in recorder.written.items():
+        given = newest.get(written, written)
         memories = recorder.memories[given]
         seen = [pair for memory in memories for pair in _seen_later(writer, memory, recorder, position)]
         is_one = len(memories) == 1 and all(memory == memories[0] for _, memory in seen)
@@ -112,6 +114,8 @@ def without_writes(
             raise _refused(arch, place_of(writer), given)
         if not _rewrite(module, writer, given, graph) and seen:
             raise _refused(arch, place_of(writer), given)
+        newest |= dict.fromkeys((written, given, *(node for node, _ in seen)), writer)
+        newest |= {older: writer for older, newer in newest.items() if newer is given}
         for node, _ in seen:
             for user in list(node.users):
                 if position.get(user, -1) > position[writer]:

@@ -1,5 +1,6 @@
 """Networks of ten classes for images of 3x8x8, each with something that a copy could get wrong."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -262,7 +263,9 @@ class TiedWeights(Around):
 class WeightNorm(Around):
     def __init__(self):
         super().__init__()
-        self.a = nn.utils.weight_norm(self.a)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of being old, as many networks are
+            self.a = nn.utils.weight_norm(self.a)
 
 
 @trap
