@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -132,7 +133,8 @@ def main() -> None:
             row = row_of(library, name)
             writer.writerow(row)
             file.flush()
-            print(row, flush=True)
+            sys.stdout.write(f"{row}\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python -m benchmarks.proof [PART...]
 
 fuzz: a thousand examples of each fuzzer. tests: those of which every run has a sister: the sweep over
-networks of torchvision and timm, searches, recipes, signals. kills: a worker or a driver killed fifty times.
+networks of torchvision and timm, searches, recipes, signals. copies: whether
+46 networks of both libraries are what they were in blocks. kills: a worker or a driver killed fifty times.
 slurm: every fault of the list on a Slurm of two nodes. Appends a row for each part to
-benchmarks/results/proof.csv; `kills` and `slurm` leave their figures in files of their own.
+benchmarks/results/proof.csv; `copies`, `kills` and `slurm` leave their figures in files of their own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ TESTS = ("pytest", "-q", "-n", "2", "--dist", "worksteal", "--durations=0")
 PARTS = {
     "fuzz": (*TESTS, "tests/unit/test_fuzz.py"),
     "tests": (*TESTS, "--proof"),
+    "copies": ("benchmarks.copies",),
     "kills": ("benchmarks.faults", "--kills", "50"),
     "slurm": ("benchmarks.slurm_faults",),
 }

@@ -74,8 +74,14 @@ def init(
         raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another file with --out")
     settings = _data_settings(data, place, image_size)
     text = _render(path, name, arch, settings, place, weights, pretrained, epochs)
-    _try_out(text, weights)
+    only_trained = _try_out(text, weights)
     path.write_text(text, encoding="utf-8")
+    if only_trained:
+        from pbkd.networks.weights import few
+
+        typer.echo(
+            f"note: the network runs {few(only_trained)} in training alone; students lack it", err=True
+        )
     command = shlex.join(["pbkd", "plan", str(path)])
     typer.echo(f"{path}\nnext:  {command}    {command.replace(' plan ', ' run ', 1)}")
 
@@ -151,10 +157,14 @@ def _render(
     )
 
 
-def _try_out(text: str, weights: Path | None) -> None:
-    """Plan the recipe, without its data, and put the weights in; the network has to be the user's then."""
+def _try_out(text: str, weights: Path | None) -> list[str]:
+    """Plan the recipe, without its data, and put the weights in; the network has to be the user's then.
+
+    Returns what it runs in training alone.
+    """
     from pbkd.networks import TracedSpec, load_weights
     from pbkd.networks.equality import require_equal, require_exact
+    from pbkd.networks.trace import Reference, run_in_training_only
     from pbkd.networks.weights import empty
     from pbkd.weight_files import read_tensors
     from pipelines.graph import build_graph
@@ -172,3 +182,4 @@ def _try_out(text: str, weights: Path | None) -> None:
             require_equal(network, spec, unused=unused)
     elif isinstance(spec, TracedSpec):
         require_exact(spec)
+    return run_in_training_only(Reference.of(spec)) if isinstance(spec, TracedSpec) else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
@@ -155,6 +155,23 @@ def trace(reference: Reference) -> Trace:
     return Trace(
         reference, module, graph, shapes, points, _features(module, graph, shapes, points), _places(graph)
     )
+
+
+def run_in_training_only(reference: Reference) -> list[str]:
+    """What the forward runs while it trains alone, modules and operations: a copy has nothing of it.
+
+    Functional dropout is none of them: it is kept (`_keep_dropout`).
+    """
+
+    def ran(is_training: bool) -> Counter[str]:
+        module = reference.build_meta().train(is_training)
+        nodes = _Tracer().trace(module).nodes
+        return Counter(place_of(node) for node in nodes if node.op.startswith("call"))
+
+    try:
+        return list(ran(is_training=True) - ran(is_training=False))
+    except Exception as error:  # noqa: BLE001  # the user's forward may raise anything
+        return [f"what cannot be traced ({_reason(error)})"]
 
 
 class _Tracer(fx.Tracer):

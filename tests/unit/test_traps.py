@@ -9,6 +9,7 @@ from pbkd.errors import UserError
 from pbkd.networks import TracedSpec, architecture, load_weights, settings_of
 from pbkd.networks.channels import inner_groups, left_alone, original_tensors, removed_by
 from pbkd.networks.equality import require_equal, require_exact
+from pbkd.networks.trace import Reference, run_in_training_only
 from pbkd.networks.weights import empty
 from pbkd.stages.prune_foreign import ForeignPruning
 from tests.unit.trap_networks import NETWORKS
@@ -113,6 +114,11 @@ def test_functional_dropout_is_kept_while_training() -> None:
         assert not torch.equal(network.train()(image), network(image))
 
 
+def test_what_a_forward_does_in_training_alone_is_named() -> None:
+    assert run_in_training_only(Reference.of(spec_of("NoisyInTraining"))) == ["randn_like", "extra", "add"]
+    assert run_in_training_only(Reference.of(spec_of("FunctionalDropout"))) == []
+
+
 @pytest.mark.parametrize("name", ["ShuffledByView", "ShuffledByModule"])
 def test_layers_that_keep_their_channels_are_named(name: str) -> None:
     spec = spec_of(name)
@@ -121,5 +127,5 @@ def test_layers_that_keep_their_channels_are_named(name: str) -> None:
 
 
 def test_computed_weights_are_named_as_why_a_block_keeps_its_channels() -> None:
-    with pytest.raises(UserError, match="'b'.*of a, .*weight or spectral norm"):
+    with pytest.raises(UserError, match=r"'b'.*of a, .*weight or spectral norm"):
         inner_groups(spec_of("WeightNorm"), 0)

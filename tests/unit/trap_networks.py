@@ -310,6 +310,19 @@ class FunctionalDropout(Around):
 
 
 @trap
+class NoisyInTraining(Around):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Conv2d(16, 16, 1)
+
+    def unit(self, x):
+        y = self.a(x)
+        if self.training:
+            y = y + self.extra(torch.randn_like(y))
+        return self.b(y)
+
+
+@trap
 class AlwaysRandom(Around):
     def unit(self, x):
         return self.b(F.dropout(F.relu(self.a(x)), 0.5))
