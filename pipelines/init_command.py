@@ -80,7 +80,7 @@ def init(
         from pbkd.networks.weights import few
 
         typer.echo(
-            f"note: the network runs {few(only_trained)} in training alone; students lack it", err=True
+            f"note: the network runs {few(only_trained)} in training alone; no student has it", err=True
         )
     command = shlex.join(["pbkd", "plan", str(path)])
     typer.echo(f"{path}\nnext:  {command}    {command.replace(' plan ', ' run ', 1)}")
