@@ -105,13 +105,15 @@ def left_alone(spec: TracedSpec, index: int | None) -> tuple[tuple[str, str], ..
 
 @lru_cache(maxsize=256)
 def _judged(spec: TracedSpec, index: int | None) -> _Judged:
-    network, inputs = _skeleton(spec)
+    network, inputs = skeleton(spec)
     x = inputs[-1 if index is None else index]
     part = network.classifier if index is None else network.blocks[index]
     where = "classifier" if index is None else f"blocks.{index}"
     names = {name: original_name(f"{where}.{name}") for name in part.state_dict()}
     last = network.classifier[-1] if index is None else None
-    return _usable(part, x, _Interface.of(part, x, last), names, f"network {spec.arch}: {_end(spec, index)}")
+    return _usable(
+        part, x, _Interface.of(part, x, last), names, f"network {spec.arch}: {part_name(spec, index)}"
+    )
 
 
 @lru_cache(maxsize=64)
@@ -152,7 +154,7 @@ def without(tensors: Mapping[str, Tensor], removed: Removed) -> dict[str, Tensor
 
 def narrowed_spec(spec: TracedSpec, shapes: Mapping[str, tuple[int, ...]]) -> TracedSpec:
     """`spec` with tensors, by their original names, of these shapes."""
-    owner = {original_name(name): _part_of(name) for name in _skeleton(spec)[0].state_dict()}
+    owner = {original_name(name): _part_of(name) for name in skeleton(spec)[0].state_dict()}
 
     def narrowed(part: TracedPart, which: str) -> TracedPart:
         new = dict(part.shapes) | {name: shape for name, shape in shapes.items() if owner[name] == which}
@@ -176,14 +178,14 @@ def narrowed_by_count(
     spec: TracedSpec, groups: Sequence[ChannelGroup], left: Callable[[int], float]
 ) -> TracedSpec:
     """`spec` with, of each group of n channels, the possible number nearest to `left(n)`."""
-    tensors = original_tensors(_skeleton(spec)[0])
+    tensors = original_tensors(skeleton(spec)[0])
     kept = [group.strongest(torch.zeros(group.size), group.left(left(group.size))) for group in groups]
     narrower = without(tensors, removed_by(groups, kept, tensors))
     return narrowed_spec(spec, {name: tuple(tensor.shape) for name, tensor in narrower.items()})
 
 
 @lru_cache(maxsize=32)
-def _skeleton(spec: TracedSpec) -> tuple[BlockNetwork, tuple[Tensor, ...]]:
+def skeleton(spec: TracedSpec) -> tuple[BlockNetwork, tuple[Tensor, ...]]:
     """The network on the meta device, not to be changed; what each block and the classifier get."""
     network = on_meta(spec).eval()
     with torch.no_grad():
@@ -198,7 +200,8 @@ def _part_of(name: str) -> str:
     return f"{first}.{second}" if first == "blocks" else first
 
 
-def _end(spec: TracedSpec, index: int | None) -> str:
+def part_name(spec: TracedSpec, index: int | None) -> str:
+    """Block `index` (from 0; None: the classifier) as users know it, with the module that it ends with."""
     return (
         "its classifier" if index is None else f"block {index + 1}, which ends at '{spec.blocks[index].end}',"
     )

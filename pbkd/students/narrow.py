@@ -17,6 +17,7 @@ from pbkd.networks.channels import (
     Removed,
     inner_groups,
     narrowed_by_count,
+    part_name,
     removed_by,
     without,
 )
@@ -68,8 +69,8 @@ def narrow_block(spec: TracedSpec, index: int, width: float) -> TracedPart:
     groups = inner_groups(spec, index)
     if not groups:
         raise UserError(
-            f"block {index + 1}, which ends at '{spec.blocks[index].end}', has no channels inside that could "
-            "be fewer; leave it out of blocks, or join it with another by network.cuts"
+            f"{part_name(spec, index)} has no channels inside that could be fewer; leave it out of blocks, "
+            "or join it with another by network.cuts"
         )
     narrowed: TracedPart = narrowed_by_count(spec, groups, lambda size: width * size).blocks[index]
     return narrowed
