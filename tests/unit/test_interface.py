@@ -147,6 +147,9 @@ class Net(nn.Module):
 
 def build(num_classes, kind="plain"):
     return Net(num_classes, kind)
+
+def field(num_classes):
+    return Net(num_classes, "field")
 """
 
 
@@ -196,6 +199,16 @@ def test_a_foreign_block_whose_forward_depends_on_its_channels_is_refused(kind: 
         teacher, student = message.splitlines()[1:]
         assert teacher.endswith("width: size 7, stride 2, offset -3")
         assert student.endswith("width: size 9, stride 2, offset -4")
+
+
+@pytest.mark.usefixtures("_own_module")
+def test_inspect_says_why_there_is_no_student_of_that_width() -> None:
+    from pipelines.inspection import inspect_network
+
+    found = inspect_network("own_reach:field", 8, 10, ["second", "fourth"], widths=(0.25, 0.5), channels=1)
+    reason = found.blocks[0].students[0.25]
+    assert isinstance(reason, str) and "have different receptive fields" in reason
+    assert not isinstance(found.blocks[0].students[0.5], str)
 
 
 @pytest.mark.usefixtures("_own_module")
