@@ -33,6 +33,7 @@ from pbkd.students import (
     narrow_block,
     narrowed_copy,
     receptive_field,
+    require_interchangeable,
     student_block,
     traced_receptive_field,
 )
@@ -200,10 +201,14 @@ def _student_cost(network: BlockNetwork, index: int, width: float, x: Tensor) ->
     spec = network.spec
     try:
         if isinstance(spec, TracedSpec):
-            student = narrowed_copy(network.blocks[index], narrow_block(spec, index, width))
+            part = narrow_block(spec, index, width)
+            require_interchangeable(spec, index, part)
+            student = narrowed_copy(network.blocks[index], part)
         else:
+            block = student_block(spec.blocks[index], StudentSettings(width=width))
+            require_interchangeable(spec, index, block)
             with torch.device("meta"):
-                student = build_block(student_block(spec.blocks[index], StudentSettings(width=width)))
+                student = build_block(block)
     except UserError as error:
         return str(error)
     return count(student, _shape(x))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,75 +16,15 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pbkd.errors import UserError
 from pbkd.networks.block_network import BlockNetwork, on_meta
-from pbkd.networks.partition import (
-    count_channels,
-    is_depthwise,
-    original_name,
-    replace_tensor,
-    with_memory,
-)
+from pbkd.networks.channel_groups import ChannelGroup, Member, removed_by, without
+from pbkd.networks.channel_trial import Trial
+from pbkd.networks.partition import is_depthwise, original_name
 from pbkd.networks.spec import TracedPart, TracedSpec
 from pbkd.networks.trace import detach_attributes
 
-OF_NUMBER = "the forward works with no other number of them"
-OF_VALUE = "others change when some are removed, as behind a shuffle, a padding or a norm over channels"
 COMPUTED = "its weights are computed from other tensors, as by weight or spectral norm"
-ROUNDING = 1e-9
-SMALL_SIDES = (8, 16, 32)
-"""Of maps on which it is tried out what goes together."""
-Removed = Mapping[tuple[str, int], Tensor]
-"""By (tensor, dimension): which of its entries go, bool."""
-
-
-_Judged = tuple[tuple["ChannelGroup", ...], tuple[tuple[str, str], ...]]
+_Judged = tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]
 """What can be fewer, and of what cannot the layer and the reason."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """A dimension of a tensor that loses entries with a group: entry `entries[i]` with channel `channels[i]`.
-
-    `role` tells a layer's `filter` (its output channels), its `input` channels and a `norm`'s gains apart.
-    """
-
-    tensor: str
-    dimension: int
-    entries: tuple[int, ...]
-    channels: tuple[int, ...]
-    role: str
-
-
-@dataclass(frozen=True)
-class ChannelGroup:
-    """Channels that only go together with what is coupled to them.
-
-    Attributes:
-        root: the tensor whose filters they are.
-        size: how many there are.
-        sections: so many equal sections, each of which must keep as many as the others, at the same places
-            (grouped convolutions and norms).
-        members: everything that is coupled, the root first.
-    """
-
-    root: str
-    size: int
-    sections: int
-    members: tuple[Member, ...]
-
-    def strongest(self, scores: Tensor, left: int) -> Tensor:
-        """The indices, ascending, of the `left` channels of highest score, `sections` regarded."""
-        summed = scores.view(self.sections, -1).sum(0)
-        places = summed.argsort(descending=True, stable=True)[: left // self.sections].sort().values
-        return torch.cat([places + start for start in range(0, self.size, self.size // self.sections)])
-
-    def renamed(self, names: Mapping[str, str]) -> ChannelGroup:
-        """The same with tensors under other names."""
-        members = tuple(replace(member, tensor=names[member.tensor]) for member in self.members)
-        return replace(self, root=names[self.root], members=members)
-
-    def left(self, wanted: float) -> int:
-        """The nearest number of channels to `wanted` that can be left."""
-        return min(self.size, max(self.sections, round(wanted / self.sections) * self.sections))
 
 
 def inner_groups(spec: TracedSpec, index: int | None) -> tuple[ChannelGroup, ...]:
@@ -109,13 +46,15 @@ def left_alone(spec: TracedSpec, index: int | None) -> tuple[tuple[str, str], ..
 
 @lru_cache(maxsize=256)
 def _judged(spec: TracedSpec, index: int | None) -> _Judged:
-    network, inputs = _skeleton(spec)
+    network, inputs = skeleton(spec)
     x = inputs[-1 if index is None else index]
     part = network.classifier if index is None else network.blocks[index]
     where = "classifier" if index is None else f"blocks.{index}"
     names = {name: original_name(f"{where}.{name}") for name in part.state_dict()}
     last = network.classifier[-1] if index is None else None
-    return _usable(part, x, _Interface.of(part, x, last), names, f"network {spec.arch}: {_end(spec, index)}")
+    return _usable(
+        part, x, _Interface.of(part, x, last), names, f"network {spec.arch}: {part_name(spec, index)}"
+    )
 
 
 @lru_cache(maxsize=64)
@@ -128,35 +67,9 @@ def all_groups(spec: TracedSpec) -> tuple[ChannelGroup, ...]:
     return _usable(network, x, interface, names, f"network {spec.arch}: it")[0]
 
 
-def removed_by(
-    groups: Sequence[ChannelGroup], kept: Sequence[Tensor], tensors: Mapping[str, Tensor]
-) -> Removed:
-    """What goes if of each of `groups` only the channels `kept` (indices) stay; `tensors`: their shapes."""
-    removed: dict[tuple[str, int], Tensor] = {}
-    for group, indices in zip(groups, kept, strict=True):
-        goes = torch.ones(group.size, dtype=torch.bool)
-        goes[indices.cpu()] = False
-        for member in group.members:
-            key = member.tensor, member.dimension
-            size = tensors[member.tensor].shape[member.dimension]
-            entries = removed.setdefault(key, torch.zeros(size, dtype=torch.bool))
-            entries[list(member.entries)] |= goes[list(member.channels)]
-    return {key: entries for key, entries in removed.items() if bool(entries.any())}
-
-
-def without(tensors: Mapping[str, Tensor], removed: Removed) -> dict[str, Tensor]:
-    """Those of `tensors` that lose entries, without them."""
-    narrower: dict[str, Tensor] = {}
-    for (name, dimension), entries in removed.items():
-        tensor = narrower.get(name, tensors[name])
-        stay = (~entries).nonzero()[:, 0].to(tensor.device)
-        narrower[name] = tensor.index_select(dimension, stay)
-    return narrower
-
-
 def narrowed_spec(spec: TracedSpec, shapes: Mapping[str, tuple[int, ...]]) -> TracedSpec:
     """`spec` with tensors, by their original names, of these shapes."""
-    owner = {original_name(name): _part_of(name) for name in _skeleton(spec)[0].state_dict()}
+    owner = {original_name(name): _part_of(name) for name in skeleton(spec)[0].state_dict()}
 
     def narrowed(part: TracedPart, which: str) -> TracedPart:
         new = dict(part.shapes) | {name: shape for name, shape in shapes.items() if owner[name] == which}
@@ -180,14 +93,14 @@ def narrowed_by_count(
     spec: TracedSpec, groups: Sequence[ChannelGroup], left: Callable[[int], float]
 ) -> TracedSpec:
     """`spec` with, of each group of n channels, the possible number nearest to `left(n)`."""
-    tensors = original_tensors(_skeleton(spec)[0])
+    tensors = original_tensors(skeleton(spec)[0])
     kept = [group.strongest(torch.zeros(group.size), group.left(left(group.size))) for group in groups]
     narrower = without(tensors, removed_by(groups, kept, tensors))
     return narrowed_spec(spec, {name: tuple(tensor.shape) for name, tensor in narrower.items()})
 
 
 @lru_cache(maxsize=32)
-def _skeleton(spec: TracedSpec) -> tuple[BlockNetwork, tuple[Tensor, ...]]:
+def skeleton(spec: TracedSpec) -> tuple[BlockNetwork, tuple[Tensor, ...]]:
     """The network on the meta device, not to be changed; what each block and the classifier get."""
     network = on_meta(spec).eval()
     with torch.no_grad():
@@ -202,7 +115,8 @@ def _part_of(name: str) -> str:
     return f"{first}.{second}" if first == "blocks" else first
 
 
-def _end(spec: TracedSpec, index: int | None) -> str:
+def part_name(spec: TracedSpec, index: int | None) -> str:
+    """Block `index` (from 0; None: the classifier) as users know it, with the module that it ends with."""
     return (
         "its classifier" if index is None else f"block {index + 1}, which ends at '{spec.blocks[index].end}',"
     )
@@ -246,7 +160,7 @@ def _usable(
             f"{what} keeps its channels: it divides, joins or mixes them in a way that cannot be followed\n"
             "it can teach, but not be narrowed; choose network.cuts so that this is in a block of its own"
         ) from error
-    trial = _Trial(part, x)
+    trial = Trial(part, x)
     reasons = {
         group.root: None if all(member.tensor in names for member in group.members) else COMPUTED
         for group in found
@@ -271,93 +185,6 @@ def _layer(tensor: str, names: Mapping[str, str]) -> str:
     """The layer of a tensor of a part, by its name in the original; the tensor may be a computed one."""
     path = tensor.rpartition(".")[0]
     return next(names[name].rpartition(".")[0] for name in names if name.startswith(f"{path}."))
-
-
-class _Trial:
-    """A part with random values in float64: what reads channels no more must not miss them either."""
-
-    def __init__(self, part: nn.Module, x: Tensor) -> None:
-        """`part` is on the meta device, and so is its input `x`; neither is changed."""
-        generator = torch.Generator().manual_seed(0)
-        self._part = with_memory(copy.deepcopy(part).double()).eval().requires_grad_(False)
-        for tensor in (*self._part.parameters(), *self._part.buffers()):
-            if tensor.is_floating_point():
-                fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
-                values = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-                tensor.copy_((2 * values - 1) * (3.0 / fan_in) ** 0.5 if fan_in else values + 0.5)
-        for name, module in list(self._part.named_modules()):
-            if isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
-                self._part.set_submodule(name, _Affine(module))  # its statistics are of all channels
-        self._x = torch.randn(2, *_small(part, x), generator=generator, dtype=torch.float64)
-
-    def objection(self, groups: Sequence[ChannelGroup]) -> str | None:
-        """Why half of each of `groups` cannot go; None: removed they change no more than silenced."""
-        tensors, indices = self._part.state_dict(), torch.Generator().manual_seed(1)
-        kept = [
-            group.strongest(torch.rand(group.size, generator=indices), group.left(group.size / 2))
-            for group in groups
-        ]
-        try:
-            expected = self._silenced(groups, kept, tensors)(self._x)
-            with redirect_stderr(io.StringIO()):  # where torch.fx explains what failed
-                found = _narrowed(self._part, groups, kept)(self._x)
-        except Exception:  # noqa: BLE001  # the user's forward may raise anything
-            return OF_NUMBER
-        if found.shape != expected.shape:
-            return OF_NUMBER
-        if not bool((found - expected).abs().max() <= ROUNDING * expected.abs().max()):
-            return OF_VALUE
-        return None
-
-    def _silenced(
-        self, groups: Sequence[ChannelGroup], kept: Sequence[Tensor], tensors: Mapping[str, Tensor]
-    ) -> nn.Module:
-        silent = copy.deepcopy(self._part)
-        for group, stay in zip(groups, kept, strict=True):
-            readers = replace(group, members=tuple(m for m in group.members if m.role == "input"))
-            for (name, dimension), entries in removed_by([readers], [stay], tensors).items():
-                silent.get_parameter(name).movedim(dimension, 0)[entries] = 0.0
-        return silent
-
-
-class _Affine(nn.Module):
-    """A norm without its statistics, so that each channel depends on itself alone."""
-
-    def __init__(self, norm: nn.GroupNorm | nn.LayerNorm) -> None:
-        super().__init__()
-        self.weight, self.bias = norm.weight, getattr(norm, "bias", None)
-        self.is_last = type(norm) is nn.LayerNorm  # timm's own are of maps, or of both
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
-        shape = [1] * x.dim()
-        shape[-1 if self.is_last or x.shape[1] != len(self.weight) else 1] = -1
-        x = x * self.weight.view(shape)
-        return x if self.bias is None else x + self.bias.view(shape)
-
-
-def _small(part: nn.Module, x: Tensor) -> tuple[int, ...]:
-    """The shape (C, H, W) of a smaller map on which `part` works too, if there is one."""
-    channels, *sides = x.shape[1:]
-    for most in SMALL_SIDES:
-        shape = (channels, *(min(side, most) for side in sides))
-        with suppress(Exception), torch.no_grad(), redirect_stderr(io.StringIO()):
-            part(torch.empty(2, *shape, device="meta"))
-            return shape
-    return tuple(x.shape[1:])
-
-
-def _narrowed(part: nn.Module, groups: Sequence[ChannelGroup], kept: Sequence[Tensor]) -> nn.Module:
-    part = copy.deepcopy(part)
-    tensors = part.state_dict()
-    owners = []
-    for name, tensor in without(tensors, removed_by(groups, kept, tensors)).items():
-        path, _, leaf = name.rpartition(".")
-        owners.append(part.get_submodule(path))
-        replace_tensor(owners[-1], leaf, tensor)
-    for owner in dict.fromkeys(owners):
-        count_channels(owner)
-    return part
 
 
 def _found(part: nn.Module, x: Tensor, interface: _Interface) -> Iterator[ChannelGroup]:

@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 from pbkd.data import DataInfo
 from pbkd.networks import AnySpec, BlockNetwork
 from pbkd.stages.base import Context, Role, Stage, start_of
+from pbkd.students import require_interchangeable
 
 Given = TypeVar("Given")
 
@@ -22,9 +23,14 @@ class Assemble(Stage):
     kind: Literal["assemble"] = "assemble"
 
     def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
-        """`from` with the others' blocks."""
-        spec = start_of(inputs, info, "the network that is to get the blocks")
+        """`from` with the others' blocks.
+
+        Raises:
+            UserError: a block has another interface or receptive field than the one it replaces.
+        """
+        spec = start = start_of(inputs, info, "the network that is to get the blocks")
         for index, given in _givers(inputs):
+            require_interchangeable(start, index, given.blocks[index])
             spec = spec.with_block(index, given.blocks[index])
         return spec
 

@@ -28,6 +28,7 @@ from pbkd.students import (
     narrow_block,
     narrowable_blocks,
     narrowed_copy,
+    require_interchangeable,
     start_narrowed,
     student_block,
 )
@@ -78,7 +79,12 @@ class Block(BlockTraining):
     width: Width = 0.5
 
     def plan(self, inputs: Mapping[Role, AnySpec], info: DataInfo) -> AnySpec:
-        """The auxiliary network with one more student block."""
+        """The auxiliary network with one more student block.
+
+        Raises:
+            UserError: there is no such block, it is not the teacher's, or it has no student block with its
+                interface and receptive field (`require_interchangeable`).
+        """
         auxiliary = start_of(inputs, info, "the network that is to get a student block")
         if self.block > len(auxiliary.blocks):
             raise UserError(f"block {self.block}: {auxiliary.arch} has blocks 1 to {len(auxiliary.blocks)}")
@@ -134,12 +140,17 @@ class Block(BlockTraining):
         return network
 
     def _student_of(self, network: AnySpec) -> BlockSpec | TracedPart:
+        index = self.block - 1
+        student: BlockSpec | TracedPart
         if isinstance(network, TracedSpec):
-            return narrow_block(network, self.block - 1, self.width)
-        settings = StudentSettings(
-            width=self.width, projection_norm=self.projection_norm, projection_relu=self.projection_relu
-        )
-        return student_block(network.blocks[self.block - 1], settings)
+            student = narrow_block(network, index, self.width)
+        else:
+            settings = StudentSettings(
+                width=self.width, projection_norm=self.projection_norm, projection_relu=self.projection_relu
+            )
+            student = student_block(network.blocks[index], settings)
+        require_interchangeable(network, index, student)
+        return student
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,8 @@ from torch import Tensor, fx
 
 from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, TracedSpec
-from pbkd.networks.channels import (
-    ChannelGroup,
-    Removed,
-    all_groups,
-    inner_groups,
-    narrowed_spec,
-    original_tensors,
-    removed_by,
-    without,
-)
+from pbkd.networks.channel_groups import ChannelGroup, Removed, removed_by, without
+from pbkd.networks.channels import all_groups, inner_groups, narrowed_spec, original_tensors
 from pbkd.networks.partition import original_name
 from pbkd.networks.weights import empty
 from pbkd.students import solve

@@ -7,6 +7,7 @@ from pbkd.students.initialize import (
     initialize_kaiming,
     initialize_least_squares,
 )
+from pbkd.students.interface import require_interchangeable
 from pbkd.students.narrow import narrow_block, narrowable_blocks, narrowed_copy, solve, start_narrowed
 from pbkd.students.receptive_field import ReceptiveField, receptive_field
 from pbkd.students.traced_field import traced_receptive_field
@@ -22,6 +23,7 @@ __all__ = [
     "narrowable_blocks",
     "narrowed_copy",
     "receptive_field",
+    "require_interchangeable",
     "solve",
     "start_narrowed",
     "student_block",

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from pbkd.errors import UserError
-from pbkd.networks.channels import (
-    ChannelGroup,
-    Removed,
-    inner_groups,
-    narrowed_by_count,
-    removed_by,
-    without,
-)
+from pbkd.networks.channel_groups import ChannelGroup, Removed, removed_by, without
+from pbkd.networks.channels import inner_groups, narrowed_by_count, part_name
 from pbkd.networks.partition import narrow
 from pbkd.networks.spec import TracedPart, TracedSpec
 from pbkd.networks.weights import initialize_fresh
@@ -68,8 +62,8 @@ def narrow_block(spec: TracedSpec, index: int, width: float) -> TracedPart:
     groups = inner_groups(spec, index)
     if not groups:
         raise UserError(
-            f"block {index + 1}, which ends at '{spec.blocks[index].end}', has no channels inside that could "
-            "be fewer; leave it out of blocks, or join it with another by network.cuts"
+            f"{part_name(spec, index)} has no channels inside that could be fewer; leave it out of blocks, "
+            "or join it with another by network.cuts"
         )
     narrowed: TracedPart = narrowed_by_count(spec, groups, lambda size: width * size).blocks[index]
     return narrowed

@@ -7,7 +7,8 @@ import torch
 
 from pbkd.errors import UserError
 from pbkd.networks import TracedSpec, architecture, load_weights, settings_of
-from pbkd.networks.channels import inner_groups, left_alone, original_tensors, removed_by
+from pbkd.networks.channel_groups import removed_by
+from pbkd.networks.channels import inner_groups, left_alone, original_tensors
 from pbkd.networks.equality import require_equal, require_exact
 from pbkd.networks.trace import Reference, run_in_training_only
 from pbkd.networks.weights import empty
