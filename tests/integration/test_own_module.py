@@ -209,7 +209,7 @@ MISTAKES = {
     "unclosed:small": "unclosed.py, line 1: SyntaxError: '(' was never closed",
     "needy:small": "needy.py, line 2: ModuleNotFoundError: No module named 'nowhere_to_be_found'",
     "raising:small": "raising.py, line 3: RuntimeError: not today",
-    "own_net:fixed": "works with no other number of channels than it has",
+    "own_net:fixed": "the forward works with no other number of them",
     "timm/resnet18.a1_in1": "timm has no network 'resnet18.a1_in1'; did you mean 'timm/resnet18.a1_in1k'?",
     "timm/resnet18.nonesuch": "timm has no network 'resnet18.nonesuch'",
     "torchvision/resnet19": "did you mean 'torchvision/resnet18'?",
