@@ -13,6 +13,8 @@ import typer
 from pipelines.inspect_command import AllowImport
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pbkd.data import DataSettings
 
 TEMPLATE = "recipe_template.yaml.jinja"
@@ -173,13 +175,38 @@ def _try_out(text: str, weights: Path | None) -> list[str]:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
-        graph = build_graph(load_recipe(file), None, Path(scratch))
+        recipe = load_recipe(file)
+        graph = build_graph(recipe, None, Path(scratch))
     spec = graph.nodes[graph.teacher].spec
-    if weights is not None and spec is not None:
+    if not isinstance(spec, TracedSpec):
+        if weights is not None and spec is not None:
+            network = empty(spec)
+            load_weights(network, read_tensors(weights, network), str(weights))
+        return []
+    images = _some_images(recipe.data)
+    if weights is None:
+        require_exact(spec, images)
+    else:
         network = empty(spec)
         unused = load_weights(network, read_tensors(weights, network), str(weights))
-        if isinstance(spec, TracedSpec):
-            require_equal(network, spec, unused=unused)
-    elif isinstance(spec, TracedSpec):
-        require_exact(spec)
-    return run_in_training_only(Reference.of(spec)) if isinstance(spec, TracedSpec) else []
+        require_equal(network, spec, images, unused)
+    return run_in_training_only(Reference.of(spec))
+
+
+def _some_images(settings: DataSettings) -> Tensor | None:
+    """A few training images, (N, C, H, W); None, with a note, if there are none yet."""
+    from pbkd.data import open_data
+    from pbkd.errors import UserError
+    from pbkd.networks.equality import BATCHES
+
+    try:
+        data = open_data(settings)
+        reader = data.reader("train", min(max(BATCHES), data.sizes["train"]), 0, shuffle=True)
+        try:
+            return next(iter(reader))[0]
+        finally:
+            reader.close()
+    except UserError as error:
+        reason = str(error).partition("\n")[0]
+        typer.echo(f"note: the network was compared on noise alone: {reason}", err=True)
+        return None

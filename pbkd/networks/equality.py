@@ -22,8 +22,8 @@ ROUNDING = 1e-9
 """Of the largest logit: two orders of the same sums in float64 differ by less."""
 
 
-def require_exact(spec: TracedSpec) -> None:
-    """Check that the network of `spec`, as it was cut, is the user's, with random weights, on random images.
+def require_exact(spec: TracedSpec, images: Tensor | None = None) -> None:
+    """Check that the network of `spec`, as it was cut, is the user's, with random weights.
 
     Raises:
         UserError: see `require_equal`.
@@ -36,7 +36,7 @@ def require_exact(spec: TracedSpec) -> None:
             fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
             repeated = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view_as(tensor)
             tensor.copy_(repeated * fan_in**-0.5 if fan_in else repeated.sigmoid() + 0.5)
-    require_equal(network, unnarrowed(spec))
+    require_equal(network, unnarrowed(spec), images)
 
 
 def require_equal(

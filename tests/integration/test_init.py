@@ -75,7 +75,7 @@ MISTAKES = {
     ): "tensors missing: 'layer1.2.conv1.weight', 'layer1.2.bn1.weight'",
     ("torchvision/resnet18", "--data", "pets", "--weights", "none.pt"): "--weights none.pt: no such file",
     ("torchvision/resnet18", "--data", "pets", "--weights", "mine.pt::ema"): "mine.pt: has no weights 'ema'",
-    ("torchvision/resnet18", "--data", "digits"): "fails at 'conv1' on an image of 1x8x8",
+    ("torchvision/resnet18", "--data", "digits"): "'conv1' takes 3 channels, but gets 1",
     (
         "torchvision/resnet18",
         "--data",
