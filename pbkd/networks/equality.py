@@ -56,7 +56,7 @@ def require_equal(
         unused: tensors of the original that the network does not use, by their names there.
 
     Raises:
-        UserError: they differ; names the module behind which they first do. Or the original gives another
+        UserError: they differ; names the first module that gives something else. Or the original gives another
             result each time, or changes its own tensors, in eval mode.
     """
     original = Reference.of(spec).build().eval().requires_grad_(False)
@@ -70,9 +70,9 @@ def require_equal(
             if not _are_equal(network, original, given[:count]):
                 where = _first_difference(network, original, spec, given[:count])
                 raise UserError(
-                    f"network {spec.arch}: in blocks it computes something else than your module does; they "
-                    f"first differ behind '{where}'\n"
-                    "let no operation there change what others read; or choose network.cuts around it"
+                    f"network {spec.arch}: in blocks it computes something else than your module does; of its "
+                    f"modules, the first that gives something else is '{where}'\n"
+                    "let no operation before it change what others read, or what the module itself holds"
                 )
 
 

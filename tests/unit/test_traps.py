@@ -1,18 +1,21 @@
 """Networks with something that a copy could get wrong: the copy is equal, or refused with a reason."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
+from pbkd import artifact
 from pbkd.errors import UserError
 from pbkd.networks import TracedSpec, architecture, load_weights, settings_of
 from pbkd.networks.channel_groups import removed_by
 from pbkd.networks.channels import inner_groups, left_alone, original_tensors
 from pbkd.networks.equality import require_equal, require_exact
-from pbkd.networks.trace import Reference, run_in_training_only
+from pbkd.networks.trace import Reference, run_in_training_only, trace
 from pbkd.networks.weights import empty
 from pbkd.stages.prune_foreign import ForeignPruning
+from tests.unit import trap_networks
 from tests.unit.trap_networks import NETWORKS
 
 pytestmark = pytest.mark.slow
@@ -113,6 +116,35 @@ def test_functional_dropout_is_kept_while_training() -> None:
     with torch.no_grad():
         assert torch.equal(network.eval()(image), network(image))
         assert not torch.equal(network.train()(image), network(image))
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("Buffers", "mean"), ("Attributes", "scale")])
+def test_what_no_state_dict_holds_is_in_the_artifact(
+    name: str, tensor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = empty(spec_of(name))
+    load_weights(network, trained(name).state_dict(), "weights")
+    images = torch.randn(2, *SHAPE)
+    expected = network.eval()(images)
+    artifact.save(network, tmp_path / "saved")
+
+    class Changed(NETWORKS[name]):
+        def __init__(self) -> None:
+            super().__init__()
+            getattr(self, tensor).mul_(3.0)
+
+    monkeypatch.setattr(trap_networks, f"build_{name}", Changed)
+    assert torch.equal(artifact.load(tmp_path / "saved")(images), expected)
+
+
+def test_a_copy_that_differs_is_refused_where_it_first_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pbkd.networks.trace.without_writes", lambda *_: None)  # as it was
+    reference = Reference.of(spec_of("InplaceModule"))
+    wrong = trace(reference)
+    monkeypatch.setattr("pbkd.networks.partition._traced", lambda _: wrong)
+    monkeypatch.setattr("pbkd.networks.equality.traced_of", lambda _: wrong)
+    with pytest.raises(UserError, match="the first that gives something else is 'b'"):
+        require_exact(spec_of("InplaceModule"))
 
 
 def test_what_a_forward_does_in_training_alone_is_named() -> None:
