@@ -70,8 +70,8 @@ def require_equal(
             if not _are_equal(network, original, given[:count]):
                 where = _first_difference(network, original, spec, given[:count])
                 raise UserError(
-                    f"network {spec.arch}: in blocks it computes something else than your module does; of its "
-                    f"modules, the first that gives something else is '{where}'\n"
+                    f"network {spec.arch}: in blocks it computes something else than your module does; "
+                    f"of its modules, the first that gives something else is '{where}'\n"
                     "let no operation before it change what others read, or what the module itself holds"
                 )
 
