@@ -56,8 +56,8 @@ def require_equal(
         unused: tensors of the original that the network does not use, by their names there.
 
     Raises:
-        UserError: they differ; names the first module that gives something else. Or the original gives another
-            result each time, or changes its own tensors, in eval mode.
+        UserError: they differ; names the first module that gives something else. Or, in eval mode, the
+            original gives another result each time, or changes its own tensors.
     """
     original = Reference.of(spec).build().eval().requires_grad_(False)
     own = {original_name(name): tensor for name, tensor in network.state_dict().items()}
