@@ -15,6 +15,7 @@ from pbkd.networks.channel_groups import ChannelGroup, removed_by, without
 from pbkd.networks.partition import count_channels, replace_tensor, with_memory
 
 OF_NUMBER = "the forward works with no other number of them"
+OF_INDICES = "tensors of whole numbers in the block may say which of them go where"
 OF_VALUE = "others change when some are removed, as behind a shuffle, a padding or a norm over channels"
 ROUNDING = 1e-9
 SMALL_SIDES = (8, 16, 32)
@@ -34,12 +35,19 @@ class Trial:
                 values = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
                 tensor.copy_((2 * values - 1) * (3.0 / fan_in) ** 0.5 if fan_in else values + 0.5)
         for name, module in list(self._part.named_modules()):
-            if isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
+            is_known = type(module).__module__.partition(".")[0] in ("torch", "torchvision", "timm")
+            if is_known and isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
                 self._part.set_submodule(name, _Affine(module))  # its statistics are of all channels
+        self._has_indices = any(
+            not buffer.is_floating_point() and not name.endswith("num_batches_tracked")
+            for name, buffer in self._part.named_buffers()
+        )
         self._x = torch.randn(2, *_small(part, x), generator=generator, dtype=torch.float64)
 
     def objection(self, groups: Sequence[ChannelGroup]) -> str | None:
         """Why half of each of `groups` cannot go; None: removed they change no more than silenced."""
+        if self._has_indices:
+            return OF_INDICES
         tensors, indices = self._part.state_dict(), torch.Generator().manual_seed(1)
         kept = [
             group.strongest(torch.rand(group.size, generator=indices), group.left(group.size / 2))

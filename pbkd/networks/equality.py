@@ -31,8 +31,10 @@ def require_exact(spec: TracedSpec, images: Tensor | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 << 16, generator=generator)
     network = BlockNetwork(unnarrowed(spec), original_fresh(spec, 0)).eval().requires_grad_(False)
-    for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.is_floating_point():  # gains and variances about 1, filters of about unit norm
+    held = traced_of(spec).module.state_dict()
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and original_name(name) in held:
+            # Gains and variances about 1, filters of about unit norm.
             fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
             repeated = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view_as(tensor)
             tensor.copy_(repeated * fan_in**-0.5 if fan_in else repeated.sigmoid() + 0.5)
@@ -59,9 +61,25 @@ def require_equal(
         UserError: they differ; names the first module that gives something else. Or, in eval mode, the
             original gives another result each time, or changes its own tensors.
     """
+    try:
+        _require_equal(network, spec, images, dict(unused or {}))
+    except UserError:
+        raise
+    except Exception as error:  # the user's forward may raise anything where it runs as a copy
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(
+            f"network {spec.arch}: a copy of it cannot be run: {reason}\n"
+            "let it hold its tensors as parameters or buffers in float32, none in closures, hooks or lists"
+        ) from error
+
+
+def _require_equal(
+    network: BlockNetwork, spec: TracedSpec, images: Tensor | None, unused: dict[str, Tensor]
+) -> None:
     original = Reference.of(spec).build().eval().requires_grad_(False)
     own = {original_name(name): tensor for name, tensor in network.state_dict().items()}
-    _give(original, own | dict(unused or {}))
+    _require_same_build(original, own, spec.arch)
+    _give(original, own | unused)
     noise = torch.randn(max(BATCHES), *spec.input_shape, generator=torch.Generator().manual_seed(1))
     _require_repeatable(original, noise[:1], spec.arch)
     network = copy.deepcopy(network).eval()
@@ -77,16 +95,32 @@ def require_equal(
 
 
 def _are_equal(network: BlockNetwork, original: nn.Module, images: Tensor) -> bool:
-    for dtype, tolerance in ((torch.float32, 0.0), (torch.float64, ROUNDING)):
-        network.to(dtype)
-        original.to(dtype)
-        with _deterministic():
-            expected, found = (part(images.to(dtype, copy=True)) for part in (original, network))
-        if bool((expected - found).abs().max() <= tolerance * expected.abs().max()):
-            network.float()
-            original.float()
-            return True
-    return False
+    expected, found = _logits(original, images), _logits(network, images)
+    if torch.equal(expected, found):
+        return True
+    doubles = (copy.deepcopy(part).double() for part in (original, network))
+    expected, found = (_logits(part, images.double()) for part in doubles)
+    return bool((expected - found).abs().max() <= ROUNDING * expected.abs().max())
+
+
+def _logits(part: nn.Module, images: Tensor) -> Tensor:
+    with _deterministic():
+        logits: Tensor = part(images.clone())
+    return logits
+
+
+def _require_same_build(original: nn.Module, own: Mapping[str, Tensor], arch: str) -> None:
+    """Refuse tensors that no file holds and that are others each time the network is built."""
+    held = original.state_dict()
+    for name, tensor in own.items():
+        if name not in held:
+            path, _, leaf = name.rpartition(".")
+            other = getattr(original.get_submodule(path), leaf)
+            if not torch.equal(other.nan_to_num(), tensor.nan_to_num()):
+                raise UserError(
+                    f"network {arch}: '{name}', which no state_dict holds, is another one in each build\n"
+                    "let the builder draw it from a seed of its own, or register it as a persistent buffer"
+                )
 
 
 @contextmanager
@@ -128,7 +162,8 @@ def _require_repeatable(original: nn.Module, image: Tensor, arch: str) -> None:
 
 
 def _first_difference(network: BlockNetwork, original: nn.Module, spec: TracedSpec, images: Tensor) -> str:
-    """The first module, in the order of the graph, that gives something else; both are in float64."""
+    """The first module, in the order of the graph, that gives something else."""
+    original = copy.deepcopy(original).double()
     traced = traced_of(spec)
     called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
     theirs: dict[str, list[Tensor]] = {}
@@ -152,6 +187,7 @@ def _compare(
     network: BlockNetwork, spec: TracedSpec, theirs: Mapping[str, list[Tensor]], images: Tensor
 ) -> str:
     calls: dict[str, int] = {}
+    network = copy.deepcopy(network).double()
     different: list[fx.Node] = []
 
     class Compared(fx.Interpreter):

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from pbkd.errors import UserError
+
 Shape = tuple[int, ...]
 _PROBABILITIES = {"softmax", "log_softmax", "logsoftmax", "sigmoid", "logsigmoid", "softmin"}
 _RESHAPES = {"squeeze", "view", "reshape", "flatten", "ravel"}
@@ -215,3 +217,22 @@ def _by(sides: Shape) -> str:
 
 def _of_batch(shape: Shape) -> str:
     return f"({', '.join(['N', *map(str, shape[1:])])})"
+
+
+def check_names(graph: fx.Graph, arch: str) -> None:
+    """Refuse what a part of the graph could not hold.
+
+    Raises:
+        UserError: a tensor made of numbers in the forward, or a module whose name torch.fx needs itself.
+    """
+    reserved = set(dir(fx.GraphModule)) - set(dir(nn.Module))
+    for node in graph.nodes:
+        name = str(node.target).partition(".")[0] if node.op in ("call_module", "get_attr") else ""
+        if name.startswith("_tensor_constant"):
+            where = place_of(next(iter(node.users), node))
+            raise UserError(
+                f"network {arch}: '{where}' uses a tensor that the forward makes of numbers\n"
+                "register it as a buffer, which moves with the network: self.register_buffer(NAME, TENSOR)"
+            )
+        if name in reserved:
+            raise UserError(f"network {arch}: '{name}' is a name that torch.fx needs; call it otherwise")

@@ -89,7 +89,8 @@ def original_empty(spec: TracedSpec) -> nn.Module:
     kept = module.state_dict().keys()
     computed = {name for name, _ in module.named_buffers()} - kept
     loose = any(isinstance(value, Tensor) for part in module.modules() for value in vars(part).values())
-    if computed or loose:  # which no file holds: only the builder knows them
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    if computed or loose or hooked:  # what no file holds, only the builder knows
         return Reference.of(spec).build()
     return with_memory(module)
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pbkd.errors import UserError
 from pbkd.networks import mistakes
 from pbkd.networks.builders import build_module
-from pbkd.networks.mistakes import Shape, paths_of, place_of
+from pbkd.networks.mistakes import Shape, check_names, paths_of, place_of
 from pbkd.networks.spec import Scalar, TracedSpec
 from pbkd.networks.writes import KEPT_WITH_NEXT, without_writes, work_out_of_place
 
@@ -142,6 +142,7 @@ def trace(reference: Reference) -> Trace:
             "put what depends on the values of tensors into a module of its own, which then stays whole"
         ) from error
     _check_one_output(graph, reference.arch)
+    check_names(graph, reference.arch)
     image = torch.empty(1, *reference.input_shape, device="meta")
     _shapes(module, graph, reference)  # what fails, fails here, in words that say where
     without_writes(module, graph, image, reference.arch, place_of)
@@ -242,14 +243,14 @@ def _keep_dropout(graph: fx.Graph) -> None:
             if given.get("training", True) is False:
                 with graph.inserting_before(node):
                     training = graph.create_node("get_attr", "training")
-                node.args, node.kwargs = (), given | {"training": training}
+                node.args, node.kwargs = (), given | {"training": training, "inplace": False}
 
 
 def _simplify(module: nn.Module, graph: fx.Graph) -> None:
     """Leave out what does nothing."""
     for node in graph.nodes:
         if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
 
 
 class _ShapeRecorder(fx.Interpreter):

@@ -49,14 +49,14 @@ class _Recorder(fx.Interpreter):
 
     Attributes:
         memories: of the tensors that a node gives, as they were then.
-        written: node that writes -> the node among its arguments whose tensor it has changed.
+        written: node that writes -> those among its arguments whose tensor it has changed.
     """
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, graph=graph)
         self.extra_traceback = False
         self.memories: dict[fx.Node, list[_Memory]] = {}
-        self.written: dict[fx.Node, fx.Node] = {}
+        self.written: dict[fx.Node, list[fx.Node]] = {}
         self._alive: list[Tensor] = []  # else a storage's address would be another's next
 
     def run_node(self, n: fx.Node) -> Any:
@@ -65,8 +65,8 @@ class _Recorder(fx.Interpreter):
         before = [tensor._version for _, tensor in given]
         result = super().run_node(n)
         for (node, tensor), version in zip(given, before, strict=True):
-            if tensor._version != version:
-                self.written.setdefault(n, node)
+            if tensor._version != version and node not in self.written.setdefault(n, []):
+                self.written[n].append(node)
         found = list(_tensors(result))
         self._alive += found
         self.memories[n] = [_Memory.of(tensor) for tensor in found]
@@ -105,11 +105,12 @@ def without_writes(
         recorder.run(image)
     position = {node: index for index, node in enumerate(graph.nodes)}
     newest: dict[fx.Node, fx.Node] = {}
-    for writer, written in recorder.written.items():
+    for writer, (written, *others) in recorder.written.items():
         given = newest.get(written, written)
         memories = recorder.memories[given]
         seen = [pair for memory in memories for pair in _seen_later(writer, memory, recorder, position)]
-        is_one = len(memories) == 1 and all(memory == memories[0] for _, memory in seen)
+        same = [memory for _, memory in seen] + [m for other in others for m in recorder.memories[other]]
+        is_one = len(memories) == 1 and all(memory == memories[0] for memory in same)
         if given.op == "get_attr" or not is_one:
             raise _refused(arch, place_of(writer), given)
         if not _rewrite(module, writer, given, graph) and seen:
@@ -137,7 +138,7 @@ def _seen_later(
 
 
 def _refused(arch: str, place: str, given: fx.Node) -> UserError:
-    what = "its own state" if given.op == "get_attr" else "a tensor that is read in another form later"
+    what = "its own state" if given.op == "get_attr" else "a tensor of which more is read later, or several"
     return UserError(
         f"network {arch}: '{place}' writes into {what}, also in eval mode\n"
         "let it give a new tensor instead, or put all that uses this one into a module that stays whole"
@@ -150,25 +151,40 @@ def _rewrite(module: nn.Module, writer: fx.Node, given: fx.Node, graph: fx.Graph
     if writer.op == "call_module":
         if getattr(module.get_submodule(str(writer.target)), "inplace", False) is True:
             return True  # once the flag is off
-        with graph.inserting_before(writer):
-            copied = graph.call_function(torch.clone, (given,))
-        copied.meta = {"nn_module_stack": writer.meta.get("nn_module_stack", {}), KEPT_WITH_NEXT: True}
-        writer.replace_input_with(given, copied)
-        return False
+        return _on_a_clone(writer, given, graph)
     if writer.target is operator.setitem:
         writer.target = with_item
     elif (plain := getattr(operator, name.removeprefix("i"), None)) and name.startswith("i"):
         writer.target = plain
     elif "inplace" in (arguments := _named(writer)):
         writer.args, writer.kwargs = (), arguments | {"inplace": False}
+    elif (function := _namesake(writer.target, name)) is not None:
+        writer.target = function
     elif name.endswith("_") and hasattr(Tensor, name) and writer.args[:1] == (given,):
         writer.op, writer.target = "call_method", name.removesuffix("_")
         if not hasattr(Tensor, str(writer.target)):
             writer.op, writer.target = "call_function", on_a_copy
             writer.args = (given, name, *writer.args[1:])
     else:
-        return False
+        return _on_a_clone(writer, given, graph)
     return True
+
+
+def _on_a_clone(writer: fx.Node, given: fx.Node, graph: fx.Graph) -> bool:
+    """Let `writer` change a copy, which nobody else may read."""
+    with graph.inserting_before(writer):
+        copied = graph.call_function(torch.clone, (given,))
+    copied.meta = {"nn_module_stack": writer.meta.get("nn_module_stack", {}), KEPT_WITH_NEXT: True}
+    writer.replace_input_with(given, copied)
+    return False
+
+
+def _namesake(target: Any, name: str) -> Callable[..., Any] | None:
+    """The function of torch that does the same, but not in place."""
+    for library in (torch, nn.functional):
+        if name.endswith("_") and getattr(library, name, None) is target:
+            return getattr(library, name.removesuffix("_"), None)
+    return None
 
 
 def _named(node: fx.Node) -> dict[str, Any]:

@@ -22,16 +22,20 @@ pytestmark = pytest.mark.slow
 
 SHAPE, CLASSES = (3, 8, 8), 10
 REFUSED = {
-    "WritesIntoAPart": "'a' is not|writes into a tensor that is read in another form later",
+    "WritesIntoAPart": "writes into a tensor of which more is read later",
     "AssignsItems": "item assignment",
     "CountsItsCalls": "changes its own tensor 'calls' in eval mode",
     "AlwaysRandom": "another result each time",
     "Squeezed": "flatten",
+    "DrawnAnew": "'order', which no state_dict holds, is another one in each build",
+    "NumbersInForward": "register it as a buffer",
+    "NamedAsTorchs": "'graph' is a name that torch.fx needs",
+    "WritesOut": "'mul' writes into a tensor of which more is read later",
 }
 # Of which no channel of the unit's block can go.
 WHOLE = {
     "Chunked", "Buffers", "ParametrizedNorm", "PixelShuffled", "SpectralNorm", "WeightNorm",
-    "WritesIntoHalvesApart",
+    "WritesIntoHalvesApart", "Permuted",
 }  # fmt: skip
 
 

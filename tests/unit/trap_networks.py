@@ -419,3 +419,92 @@ class SqueezeExciteInplace(SqueezeExcite):
         gate = self.excite(self.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)))).sigmoid_()
         y *= gate
         return self.b(y)
+
+
+@trap
+class WritesOut(Around):
+    """Into its images."""
+
+    def forward(self, x):
+        torch.mul(x, 2.0, out=x)
+        return super().forward(x)
+
+
+@trap
+class WritesByFunctionsOfTorchs(Around):
+    def unit(self, x):
+        y, z = self.a(x), self.b(x)
+        F.leaky_relu_(y, 0.1)
+        F.hardtanh_(z)
+        return y + z
+
+
+@trap
+class IdentityByName(Around):
+    def __init__(self):
+        super().__init__()
+        self.same = nn.Identity()
+
+    def unit(self, x):
+        return self.b(self.same(input=self.a(x)))
+
+
+@trap
+class Permuted(Around):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("order", torch.arange(15, -1, -1))
+
+    def unit(self, x):
+        return self.b(self.a(x)[:, self.order])
+
+
+class _Flips(nn.GroupNorm):
+    def forward(self, x):
+        return super().forward(x).flip(1)
+
+
+@trap
+class FlipsInItsNorm(Around):
+    def __init__(self):
+        super().__init__()
+        self.norm = _Flips(4, 16)
+
+    def unit(self, x):
+        return self.b(F.relu(self.norm(self.a(x))))
+
+
+@trap
+class DrawnAnew(Around):
+    def __init__(self):
+        super().__init__()
+        self.order = torch.randperm(16)
+
+    def unit(self, x):
+        return self.b(self.a(x)[:, self.order])
+
+
+@trap
+class NumbersInForward(Around):
+    def unit(self, x):
+        return self.b(self.a(x) * torch.tensor([2.0]))
+
+
+@trap
+class NamedAsTorchs(Around):
+    def __init__(self):
+        super().__init__()
+        self.graph = nn.Conv2d(16, 16, 1)
+
+    def unit(self, x):
+        return self.b(self.graph(self.a(x)))
+
+
+@trap
+class HeldOutOfSight(Around):
+    """A hook's closure has a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        factor = torch.full((1, 16, 1, 1), 2.0)
+        self.a.register_forward_hook(lambda module, given, result: result * factor)
