@@ -58,7 +58,12 @@ def save(network: BlockNetwork, folder: Path) -> Artifact:
             "lower the rate, clip the gradient, or give other weights"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    tensors: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in network.state_dict().items():  # safetensors refuses tied ones
+        is_tied = tensor.untyped_storage().data_ptr() in places
+        tensors[name] = tensor.contiguous().clone() if is_tied else tensor.contiguous()
+        places.add(tensor.untyped_storage().data_ptr())
     weights = weights_digest(tensors)
     spec = network.spec.model_dump(mode="json")
     digest = _digest(spec, weights)

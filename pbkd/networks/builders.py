@@ -96,6 +96,16 @@ def build_module(
     return module
 
 
+def require_builder(arch: str) -> None:
+    """Import what `arch` names, if it is a user's.
+
+    Raises:
+        UserError: it may not or cannot be imported, or has no such function.
+    """
+    if ":" in arch:
+        _function(arch)
+
+
 def pretrained_name(arch: str) -> str:
     """What the library's own weights of `arch` are called; identifies them in stage keys.
 

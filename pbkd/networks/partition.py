@@ -6,7 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -72,9 +72,18 @@ def with_memory(module: ModuleT, device: torch.device | str = "cpu") -> ModuleT:
 
     As `to_empty` does, whose `empty_like` imports sympy: two seconds of processor time.
     """
+    tensors = [
+        (held, name, id(tensor))
+        for part in module.modules()
+        for held in (part._parameters, part._buffers)
+        for name, tensor in held.items()
+    ]
     module._apply(  # type: ignore[no-untyped-call]
         lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     )
+    first: dict[int, Any] = {}
+    for held, name, key in tensors:  # what was one tensor is one again
+        held[name] = first.setdefault(key, held[name])
     return module
 
 

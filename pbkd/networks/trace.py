@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pbkd.errors import UserError
 from pbkd.networks import mistakes
-from pbkd.networks.builders import build_module
+from pbkd.networks.builders import build_module, require_builder
 from pbkd.networks.mistakes import Shape, check_names, paths_of, place_of
 from pbkd.networks.spec import Scalar, TracedSpec
 from pbkd.networks.writes import KEPT_WITH_NEXT, without_writes, work_out_of_place
@@ -56,6 +56,7 @@ class Reference:
 
     def build_meta(self) -> nn.Module:
         """The same without memory for its weights; it can be copied."""
+        require_builder(self.arch)  # a user's module makes its own tensors when it is imported
         try:
             with torch.device("meta"):
                 module = self.build()
@@ -177,6 +178,8 @@ def run_in_training_only(reference: Reference) -> list[str]:
 
 class _Tracer(fx.Tracer):
     """Traces into modules made of others; a module that cannot be traced stays whole."""
+
+    proxy_buffer_attributes = True  # else what is computed from a buffer would be a tensor on the meta device
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None

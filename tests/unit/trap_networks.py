@@ -508,3 +508,14 @@ class HeldOutOfSight(Around):
         super().__init__()
         factor = torch.full((1, 16, 1, 1), 2.0)
         self.a.register_forward_hook(lambda module, given, result: result * factor)
+
+
+@trap
+class NormalizesItsImages(Around):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]), persistent=False)
+        self.register_buffer("std", torch.tensor([0.2, 0.3, 0.4]))
+
+    def forward(self, x):
+        return super().forward((x - self.mean[:, None, None]) / self.std.view(3, 1, 1))
