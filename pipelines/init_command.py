@@ -166,7 +166,8 @@ def _try_out(text: str, weights: Path | None) -> list[str]:
     """
     from pbkd.networks import TracedSpec, load_weights
     from pbkd.networks.equality import require_equal, require_exact
-    from pbkd.networks.trace import Reference, run_in_training_only
+    from pbkd.networks.trace import Reference
+    from pbkd.networks.training_only import run_in_training_only
     from pbkd.networks.weights import empty
     from pbkd.weight_files import read_tensors
     from pipelines.graph import build_graph

@@ -6,9 +6,11 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,8 @@ from pbkd.networks.partition import is_depthwise, original_name
 from pbkd.networks.spec import TracedPart, TracedSpec
 from pbkd.networks.trace import detach_attributes
 
+MOST_PER_NODE = 50
+"""Members of a group, for each operation of a block."""
 COMPUTED = "its weights are computed from other tensors, as by weight or spectral norm"
 _Judged = tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]
 """What can be fewer, and of what cannot the layer and the reason."""
@@ -187,6 +191,21 @@ def _layer(tensor: str, names: Mapping[str, str]) -> str:
     return next(names[name].rpartition(".")[0] for name in names if name.startswith(f"{path}."))
 
 
+@contextmanager
+def _no_endless_groups(most: int) -> Iterator[None]:
+    """Raise LookupError from a group without end, as where a tensor is joined with a part of itself."""
+    from torch_pruning.dependency import graph
+
+    class Limited(graph.Group):  # type: ignore[misc]  # it declares nothing
+        def add_dep(self, *given: Any, **named: Any) -> None:
+            if len(self) > most:
+                raise LookupError("the group has no end")
+            super().add_dep(*given, **named)
+
+    with patch.object(graph, "Group", Limited):
+        yield
+
+
 def _found(part: nn.Module, x: Tensor, interface: _Interface) -> Iterator[ChannelGroup]:
     from torch_pruning import DependencyGraph
 
@@ -211,7 +230,8 @@ def _found(part: nn.Module, x: Tensor, interface: _Interface) -> Iterator[Channe
             continue
         size = layer.weight.shape[0]
         pruner = graph.get_pruner_of_module(layer)
-        items = list(graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(size))).items)
+        with _no_endless_groups(MOST_PER_NODE * len(graph.module2node)):
+            items = list(graph.get_pruning_group(layer, pruner.prune_out_channels, list(range(size))).items)
         outputs = {
             item.dep.target.module for item in items if graph.is_out_channel_pruning_fn(item.dep.handler)
         }

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from pbkd.errors import UserError
 from pbkd.networks.mistakes import paths_of
-from pbkd.networks.trace import Trace
+from pbkd.networks.trace import Trace, operation_name
 
 
 def cut_name(traced: Trace, before: fx.Node | None, end: fx.Node) -> str:
@@ -19,7 +19,8 @@ def cut_name(traced: Trace, before: fx.Node | None, end: fx.Node) -> str:
     ending = [path for path in paths_of(end) if traced.places[path] is end]
     nodes = traced.graph.nodes
     whole = [path for path in ending if all(node in inside for node in nodes if path in paths_of(node))]
-    return (whole or ending[-1:] or [end.name])[0]
+    paths = {path for node in nodes for path in paths_of(node)}
+    return (whole or ending[-1:] or [operation_name(end, paths)])[0]
 
 
 @dataclass(frozen=True)

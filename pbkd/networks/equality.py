@@ -83,6 +83,7 @@ def _require_equal(
     noise = torch.randn(max(BATCHES), *spec.input_shape, generator=torch.Generator().manual_seed(1))
     _require_repeatable(original, noise[:1], spec.arch)
     network = copy.deepcopy(network).eval()
+    _require_untouched(network, noise, spec.arch)
     for given in (noise,) if images is None else (images, noise):
         for count in BATCHES:
             if not _are_equal(network, original, given[:count]):
@@ -107,6 +108,21 @@ def _logits(part: nn.Module, images: Tensor) -> Tensor:
     with _deterministic():
         logits: Tensor = part(images.clone())
     return logits
+
+
+def _require_untouched(network: BlockNetwork, x: Tensor, arch: str) -> None:
+    """Refuse a part that changes what it gets: teacher and student are given the same."""
+    parts = {"stem": network.stem} | {f"block {n}": block for n, block in enumerate(network.blocks, 1)}
+    for name, part in (parts | dict(network.classifier.named_children())).items():
+        before = x.clone()
+        with _deterministic():
+            result = part(x)
+        if not torch.equal(x.nan_to_num(), before.nan_to_num()):
+            raise UserError(
+                f"network {arch}: its {name} changes the tensor that it is given\n"
+                "let it work on a copy: x = x.clone()"
+            )
+        x = result
 
 
 def _require_same_build(original: nn.Module, own: Mapping[str, Tensor], arch: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
@@ -15,16 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pbkd.errors import UserError
 from pbkd.networks import mistakes
 from pbkd.networks.builders import build_module, require_builder
+from pbkd.networks.dropout import keep_dropout
 from pbkd.networks.mistakes import Shape, check_names, paths_of, place_of
 from pbkd.networks.spec import Scalar, TracedSpec
 from pbkd.networks.writes import KEPT_WITH_NEXT, without_writes, work_out_of_place
 
 _ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _ADAPTIVE_FUNCTIONS = (nn.functional.adaptive_avg_pool2d, nn.functional.adaptive_max_pool2d)
-_DROPOUTS = (
-    nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
-    nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout,
-)  # fmt: skip
 _BEHIND_LOGITS = (
     "ReLU", "AvgPool2d", "AdaptiveAvgPool2d", "Dropout", "Flatten",
     "relu", "avg_pool2d", "adaptive_avg_pool2d", "dropout", "flatten", "mean", "squeeze",
@@ -131,7 +128,7 @@ def trace(reference: Reference) -> Trace:
             classes, or does not take images of this shape; names the network, the module and the cure.
     """
     module = reference.build_meta().eval()
-    tracer = _Tracer()
+    tracer = NetworkTracer()
     try:
         _check_one_input(module, reference.arch)
         graph = tracer.trace(module)
@@ -148,7 +145,8 @@ def trace(reference: Reference) -> Trace:
     _shapes(module, graph, reference)  # what fails, fails here, in words that say where
     without_writes(module, graph, image, reference.arch, place_of)
     work_out_of_place(module, graph)
-    _keep_dropout(graph)
+    if (trained := traced_in_training(reference)) is not None:
+        keep_dropout(graph, trained)
     _simplify(module, graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     shapes = _shapes(module, graph, reference)
@@ -159,24 +157,15 @@ def trace(reference: Reference) -> Trace:
     )
 
 
-def run_in_training_only(reference: Reference) -> list[str]:
-    """What the forward runs while it trains alone, modules and operations: a copy has nothing of it.
-
-    Functional dropout is none of them: it is kept (`_keep_dropout`).
-    """
-
-    def ran(is_training: bool) -> Counter[str]:
-        module = reference.build_meta().train(is_training)
-        nodes = _Tracer().trace(module).nodes
-        return Counter(place_of(node) for node in nodes if node.op.startswith("call"))
-
+def traced_in_training(reference: Reference) -> fx.Graph | None:
+    """The network's graph in training mode; None if it cannot be traced there."""
     try:
-        return list(ran(is_training=True) - ran(is_training=False))
-    except Exception as error:  # noqa: BLE001  # the user's forward may raise anything
-        return [f"what cannot be traced ({_reason(error)})"]
+        return NetworkTracer().trace(reference.build_meta().train())
+    except Exception:  # noqa: BLE001  # the user's forward may raise anything; `init` says so
+        return None
 
 
-class _Tracer(fx.Tracer):
+class NetworkTracer(fx.Tracer):
     """Traces into modules made of others; a module that cannot be traced stays whole."""
 
     proxy_buffer_attributes = True  # else what is computed from a buffer would be a tensor on the meta device
@@ -236,17 +225,6 @@ def _check_one_output(graph: fx.Graph, arch: str) -> None:
     if not isinstance(output.args[0], fx.Node):
         places = [place_of(node) for node in output.all_input_nodes]
         raise UserError(f"network {arch}: {mistakes.not_one_tensor(output.args[0], places)}")
-
-
-def _keep_dropout(graph: fx.Graph) -> None:
-    """Let functions that drop out ask whether they train: traced in eval mode, they never would."""
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _DROPOUTS:
-            given = signature(node.target).bind(*node.args, **node.kwargs).arguments
-            if given.get("training", True) is False:
-                with graph.inserting_before(node):
-                    training = graph.create_node("get_attr", "training")
-                node.args, node.kwargs = (), given | {"training": training, "inplace": False}
 
 
 def _simplify(module: nn.Module, graph: fx.Graph) -> None:
@@ -389,7 +367,16 @@ def _pools(module: nn.Module, node: fx.Node, before: Shape, after: Shape) -> boo
 
 def _places(graph: fx.Graph) -> dict[str, fx.Node]:
     nodes = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    return {node.name: node for node in nodes} | {path: node for node in nodes for path in paths_of(node)}
+    paths = {path: node for node in nodes for path in paths_of(node)}
+    return {operation_name(node, paths): node for node in nodes} | paths
+
+
+def operation_name(node: fx.Node, taken: Container[str]) -> str:
+    """The name of a node; of an operation, one that no module's path, among those `taken`, has."""
+    name = node.name
+    while node.op != "call_module" and name in taken:
+        name += "_"
+    return name
 
 
 def _reason(error: Exception) -> str:

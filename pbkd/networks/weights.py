@@ -253,8 +253,10 @@ def _partitioned_names(network: BlockNetwork, spec: TracedSpec, given: dict[str,
     if own <= given.keys():
         return given
     given = {_DENSENET_NAMES.sub(r"\1\2", name): file_name for name, file_name in given.items()}
-    table = {original_name(name): name for name in own}
-    return {table.get(name, name): file_name for name, file_name in given.items()}
+    ours = {name: original_name(name) for name in own}  # several of ours may be one of the original
+    names = {name: given[original] for name, original in ours.items() if original in given}
+    left = given.keys() - set(ours.values())
+    return names | {name: file_name for name, file_name in given.items() if name in left}
 
 
 def _vgg_names(network: BlockNetwork) -> dict[str, str]:

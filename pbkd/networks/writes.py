@@ -35,6 +35,8 @@ class _Memory:
 
     def meets(self, other: _Memory) -> bool:
         """Whether they have an element in common."""
+        if self == other:
+            return True
         return self.storage == other.storage and bool(set(self._elements()) & set(other._elements()))
 
     def _elements(self) -> list[int]:
@@ -44,11 +46,15 @@ class _Memory:
         return torch.arange(last + 1).as_strided(self.size, self.stride, self.offset).flatten().tolist()
 
 
+_NO_TENSOR = _Memory(-1, (), (), 0)
+
+
 class _Recorder(fx.Interpreter):
     """Runs a graph on the meta device and keeps what each node writes into.
 
     Attributes:
         memories: of the tensors that a node gives, as they were then.
+        tensors: the nodes that give a single one.
         written: node that writes -> those among its arguments whose tensor it has changed.
     """
 
@@ -57,6 +63,7 @@ class _Recorder(fx.Interpreter):
         self.extra_traceback = False
         self.memories: dict[fx.Node, list[_Memory]] = {}
         self.written: dict[fx.Node, list[fx.Node]] = {}
+        self.tensors: set[fx.Node] = set()
         self._alive: list[Tensor] = []  # else a storage's address would be another's next
 
     def run_node(self, n: fx.Node) -> Any:
@@ -69,6 +76,8 @@ class _Recorder(fx.Interpreter):
                 self.written[n].append(node)
         found = list(_tensors(result))
         self._alive += found
+        if isinstance(result, Tensor):
+            self.tensors.add(n)
         self.memories[n] = [_Memory.of(tensor) for tensor in found]
         return result
 
@@ -131,10 +140,19 @@ def _seen_later(
     for node, memories in recorder.memories.items():
         if position[node] >= position[writer]:
             break
-        if all(position[user] <= position[writer] for user in node.users if user in position):
-            continue
-        found += [(node, memory) for memory in memories if memory == written or memory.meets(written)]
+        later = [user for user in node.users if position.get(user, -1) > position[writer]]
+        if later and node in recorder.tensors:
+            found += [(node, memory) for memory in memories if memory.meets(written)]
+        elif any(memory.meets(written) for user in later for memory in _read_of(user, memories)):
+            found.append((node, _NO_TENSOR))
     return found
+
+
+def _read_of(user: fx.Node, memories: list[_Memory]) -> list[_Memory]:
+    """What `user` reads of several tensors."""
+    if user.target is operator.getitem and isinstance(index := user.args[1], int):
+        return [memories[index]]
+    return memories
 
 
 def _refused(arch: str, place: str, given: fx.Node) -> UserError:

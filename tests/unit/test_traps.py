@@ -12,7 +12,8 @@ from pbkd.networks import TracedSpec, architecture, load_weights, settings_of
 from pbkd.networks.channel_groups import removed_by
 from pbkd.networks.channels import inner_groups, left_alone, original_tensors
 from pbkd.networks.equality import require_equal, require_exact
-from pbkd.networks.trace import Reference, run_in_training_only, trace
+from pbkd.networks.trace import Reference, trace
+from pbkd.networks.training_only import run_in_training_only
 from pbkd.networks.weights import empty
 from pbkd.stages.prune_foreign import ForeignPruning
 from tests.unit import trap_networks
@@ -28,6 +29,7 @@ REFUSED = {
     "AlwaysRandom": "another result each time",
     "Squeezed": "flatten",
     "DrawnAnew": "'order', which no state_dict holds, is another one in each build",
+    "PartsWrittenOneByOne": "writes into a tensor of which more is read later",
     "NumbersInForward": "register it as a buffer",
     "NamedAsTorchs": "'graph' is a name that torch.fx needs",
     "WritesOut": "'mul' writes into a tensor of which more is read later",
@@ -35,7 +37,7 @@ REFUSED = {
 # Of which no channel of the unit's block can go.
 WHOLE = {
     "Chunked", "Buffers", "ParametrizedNorm", "PixelShuffled", "SpectralNorm", "WeightNorm",
-    "WritesIntoHalvesApart", "Permuted", "HeldOutOfSight", "TiedWeights",
+    "WritesIntoHalvesApart", "Permuted", "HeldOutOfSight", "JoinedWithItself", "TiedWeights",
 }  # fmt: skip
 
 
@@ -118,13 +120,19 @@ def test_what_cannot_be_copied_is_refused_with_a_reason(name: str) -> None:
     assert len(str(refused.value).splitlines()) <= 3 and f"build_{name}" in str(refused.value)
 
 
-def test_functional_dropout_is_kept_while_training() -> None:
-    network = empty(spec_of("FunctionalDropout"))
-    load_weights(network, trained("FunctionalDropout").state_dict(), "weights")
-    image = torch.randn(1, *SHAPE)
+@pytest.mark.parametrize(
+    ("name", "drops"), [("FunctionalDropout", True), ("DropoutOfTorchs", True), ("NoDropout", False)]
+)
+def test_functional_dropout_is_kept_while_training(name: str, drops: bool) -> None:
+    network = empty(spec_of(name))
+    load_weights(network, trained(name).state_dict(), "weights")
+    for part in network.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.momentum = 0.0
+    image = torch.randn(8, *SHAPE)
     with torch.no_grad():
         assert torch.equal(network.eval()(image), network(image))
-        assert not torch.equal(network.train()(image), network(image))
+        assert torch.equal(network.train()(image), network(image)) is not drops
 
 
 @pytest.mark.parametrize(("name", "tensor"), [("Buffers", "mean"), ("Attributes", "scale")])

@@ -519,3 +519,56 @@ class NormalizesItsImages(Around):
 
     def forward(self, x):
         return super().forward((x - self.mean[:, None, None]) / self.std.view(3, 1, 1))
+
+
+@trap
+class JoinedWithItself(Around):
+    def __init__(self):
+        super().__init__()
+        self.b = nn.Conv2d(24, 16, 3, padding=1)
+
+    def unit(self, x):
+        y = self.a(x)
+        return self.b(torch.cat([y, y[:, 8:]], 1))
+
+
+@trap
+class AddNamed(Around):
+    def __init__(self):
+        super().__init__()
+        self.add = cbr(16, 16)
+
+    def unit(self, x):
+        return self.add(self.b(self.a(x)) + x)
+
+
+@trap
+class BufferInTwoBlocks(Around):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("halved", torch.tensor(0.5))
+
+    def forward(self, x):
+        x = self.unit(self.enter(x)) * self.halved
+        return self.fc(self.last(self.down(x) * self.halved).mean((2, 3)))
+
+
+@trap
+class PartsWrittenOneByOne(Around):
+    def unit(self, x):
+        parts = self.a(x).chunk(2, 1)
+        parts[0].relu_()
+        return self.b(torch.cat([parts[1], parts[0]], 1))
+
+
+@trap
+class DropoutOfTorchs(Around):
+    def unit(self, x):
+        x = torch.dropout(x, 0.5, self.training)
+        return self.b(F.dropout(self.a(x), 0.5 if self.training else 0.0))
+
+
+@trap
+class NoDropout(Around):
+    def unit(self, x):
+        return self.b(F.dropout(self.a(x), 0.5, training=False))
