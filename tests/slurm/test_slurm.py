@@ -27,9 +27,10 @@ def log_samples(module):
     def logged(training, images, *arguments):
         stage = os.path.basename(training.session._storage.location())  # its key
         names = [sha256(image.numpy().tobytes()).hexdigest() for image in images]
+        step = training.step
+        take_step(training, images, *arguments)  # one that is not taken on all nodes is not taken
         with open(os.environ["PBKD_FAULTS_LOG"] + ".samples", "a") as log:
-            log.write(" ".join([stage, str(training.step), *names]) + "\\n")
-        take_step(training, images, *arguments)
+            log.write(" ".join([stage, str(step), *names]) + "\\n")
     module._Training.take_step = logged
 
 when_imported("pbkd.engine.loop", log_samples)

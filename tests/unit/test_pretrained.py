@@ -4,10 +4,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pbkd.data import Data, DataSettings
+from pbkd.data.datasets import Arrays, divided
 from pbkd.engine import LocalSession, Precision
 from pbkd.errors import UserError
 from pbkd.networks.builders import pretrained_tensors
@@ -58,7 +60,9 @@ def test_a_teacher_computes_what_the_library_makes_of_its_weights(
 
     original = models.get_model(name, weights="DEFAULT").eval()
     info = replace(DataSettings(name="digits").describe(), input_shape=(3, SIZE, SIZE), num_classes=1000)
-    data = Data(DataSettings(name="digits"), {}, info)
+    images = np.random.default_rng(0).integers(0, 256, (20, 3, SIZE, SIZE), dtype=np.uint8)
+    some, digits = Arrays(images, np.arange(20) % 10), DataSettings(name="digits")
+    data = Data(digits, divided(digits, some, some), info)
     context = Context(LocalSession(tmp_path, torch.device("cpu"), 0, 1, 60.0), {}, data, 0, Precision())
     given: dict[str, object] = {"kind": "load", "network": {"arch": f"torchvision/{name}"}}
     own = {"arguments": {"transform_input": True, "init_weights": False}} if name == "googlenet" else {}
@@ -66,12 +70,12 @@ def test_a_teacher_computes_what_the_library_makes_of_its_weights(
         Load.model_validate(given | {"pretrained": True}),
         Load.model_validate(given | {"network": {"arch": f"torchvision/{name}", **own}, "weights": file}),
     ]
-    images = torch.randn(2, 3, SIZE, SIZE)
+    noise = torch.randn(2, 3, SIZE, SIZE)
     for stage in stages:
         network = stage.run(context)
         assert network.spec == stage.plan({}, info)
         with torch.inference_mode():
-            torch.testing.assert_close(network(images), original(images))
+            torch.testing.assert_close(network(noise), original(noise))
     assert stages[0].semantic()["network"] == stages[1].semantic()["network"]
 
 
