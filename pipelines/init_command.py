@@ -160,9 +160,9 @@ def _render(
 
 
 def _try_out(text: str, weights: Path | None) -> list[str]:
-    """Plan the recipe, without its data, and put the weights in; the network has to be the user's then.
+    """Plan the recipe, load the weights, and compare the network with the user's own.
 
-    Returns what it runs in training alone.
+    Returns what the network runs in training alone. Raises UserError for whatever does not fit.
     """
     from pbkd.networks import TracedSpec, load_weights
     from pbkd.networks.equality import require_equal, require_exact

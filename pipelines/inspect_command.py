@@ -98,7 +98,7 @@ def _print(found: Inspection, widths: list[float], has_latency: bool) -> None:
     console.print(table)
     console.print(
         f"{_short(found.cost.params)} parameters, {_short(found.cost.macs)} multiply-accumulates; "
-        f"stem, blocks and classifier compute exactly what the original does",
+        "stem, blocks and classifier compute exactly what the original does",
         soft_wrap=True,
     )
     for alone in found.left_alone:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pbkd.networks.channel_groups import ChannelGroup, removed_by, without
-from pbkd.networks.partition import count_channels, replace_tensor, with_memory
+from pbkd.networks.partition import count_channels, randomize, replace_tensor, with_memory
 
 OF_NUMBER = "the forward works with no other number of them"
 OF_INDICES = "tensors of whole numbers in the block may say which of them go where"
@@ -23,25 +23,24 @@ SMALL_SIDES = (8, 16, 32)
 
 
 class Trial:
-    """A part with random values in float64: what reads channels no more must not miss them either."""
+    """Tries out on a part with random weights, in float64, whether channels go together."""
 
     def __init__(self, part: nn.Module, x: Tensor) -> None:
         """`part` is on the meta device, and so is its input `x`; neither is changed."""
-        generator = torch.Generator().manual_seed(0)
         self._part = with_memory(copy.deepcopy(part).double()).eval().requires_grad_(False)
-        for tensor in (*self._part.parameters(), *self._part.buffers()):
-            if tensor.is_floating_point():
-                fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
-                values = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
-                tensor.copy_((2 * values - 1) * (3.0 / fan_in) ** 0.5 if fan_in else values + 0.5)
+        randomize((*self._part.parameters(), *self._part.buffers()), 0)
         for name, module in list(self._part.named_modules()):
             is_known = type(module).__module__.partition(".")[0] in ("torch", "torchvision", "timm")
-            if is_known and isinstance(module, nn.GroupNorm | nn.LayerNorm) and module.weight is not None:
+            weight = getattr(module, "weight", None)
+            if is_known and isinstance(module, nn.GroupNorm | nn.LayerNorm) and weight is not None:
+                if weight.dim() > 1:  # it is of places too, and goes with no channel
+                    continue
                 self._part.set_submodule(name, _Affine(module))  # its statistics are of all channels
         self._has_indices = any(
             not buffer.is_floating_point() and not name.endswith("num_batches_tracked")
             for name, buffer in self._part.named_buffers()
         )
+        generator = torch.Generator().manual_seed(1)
         self._x = torch.randn(2, *_small(part, x), generator=generator, dtype=torch.float64)
 
     def objection(self, groups: Sequence[ChannelGroup]) -> str | None:

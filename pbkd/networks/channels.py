@@ -28,7 +28,7 @@ MOST_PER_NODE = 50
 """Members of a group, for each operation of a block."""
 COMPUTED = "its weights are computed from other tensors, as by weight or spectral norm"
 _Judged = tuple[tuple[ChannelGroup, ...], tuple[tuple[str, str], ...]]
-"""What can be fewer, and of what cannot the layer and the reason."""
+"""The groups that can lose channels; layer and reason of those that cannot."""
 
 
 def inner_groups(spec: TracedSpec, index: int | None) -> tuple[ChannelGroup, ...]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-# By position: images, probability, whether it trains, and, of some, whether in place.
 BY_POSITION = (torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout)
+"""Called with (images, probability, whether it trains)."""
 BY_NAME = (
     nn.functional.dropout, nn.functional.dropout1d, nn.functional.dropout2d, nn.functional.dropout3d,
     nn.functional.alpha_dropout, nn.functional.feature_alpha_dropout,

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from pbkd.errors import UserError
 from pbkd.networks.block_network import BlockNetwork
 from pbkd.networks.mistakes import place_of
-from pbkd.networks.partition import original_fresh, original_name, traced_of, unnarrowed
+from pbkd.networks.partition import original_fresh, original_name, randomize, traced_of, unnarrowed
 from pbkd.networks.spec import TracedSpec
 from pbkd.networks.trace import Reference, result_of
 
@@ -28,16 +28,10 @@ def require_exact(spec: TracedSpec, images: Tensor | None = None) -> None:
     Raises:
         UserError: see `require_equal`.
     """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1 << 16, generator=generator)
     network = BlockNetwork(unnarrowed(spec), original_fresh(spec, 0)).eval().requires_grad_(False)
     held = traced_of(spec).module.state_dict()
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and original_name(name) in held:
-            # Gains and variances about 1, filters of about unit norm.
-            fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
-            repeated = noise.repeat(-(-tensor.numel() // len(noise)))[: tensor.numel()].view_as(tensor)
-            tensor.copy_(repeated * fan_in**-0.5 if fan_in else repeated.sigmoid() + 0.5)
+    own = network.state_dict()
+    randomize((tensor for name, tensor in own.items() if original_name(name) in held), 0)
     require_equal(network, unnarrowed(spec), images)
 
 
@@ -97,11 +91,16 @@ def _require_equal(
 
 def _are_equal(network: BlockNetwork, original: nn.Module, images: Tensor) -> bool:
     expected, found = _logits(original, images), _logits(network, images)
-    if torch.equal(expected, found):
+    if _same(expected, found):
         return True
     doubles = (copy.deepcopy(part).double() for part in (original, network))
     expected, found = (_logits(part, images.double()) for part in doubles)
     return bool((expected - found).abs().max() <= ROUNDING * expected.abs().max())
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Bit for bit; NaN where the other is NaN."""
+    return torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _logits(part: nn.Module, images: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ def _require_untouched(network: BlockNetwork, x: Tensor, arch: str) -> None:
         before = x.clone()
         with _deterministic():
             result = part(x)
-        if not torch.equal(x.nan_to_num(), before.nan_to_num()):
+        if not _same(x, before):
             raise UserError(
                 f"network {arch}: its {name} changes the tensor that it is given\n"
                 "let it work on a copy: x = x.clone()"
@@ -132,7 +131,7 @@ def _require_same_build(original: nn.Module, own: Mapping[str, Tensor], arch: st
         if name not in held:
             path, _, leaf = name.rpartition(".")
             other = getattr(original.get_submodule(path), leaf)
-            if not torch.equal(other.nan_to_num(), tensor.nan_to_num()):
+            if not _same(other, tensor):
                 raise UserError(
                     f"network {arch}: '{name}', which no state_dict holds, is another one in each build\n"
                     "let the builder draw it from a seed of its own, or register it as a persistent buffer"
@@ -162,15 +161,13 @@ def _require_repeatable(original: nn.Module, image: Tensor, arch: str) -> None:
         with _deterministic():
             torch.manual_seed(seed)
             results.append(original(image.clone()))
-    changed = [
-        name for name, tensor in original.state_dict().items() if not torch.equal(tensor, before[name])
-    ]
+    changed = [name for name, tensor in original.state_dict().items() if not _same(tensor, before[name])]
     if changed:
         raise UserError(
             f"network {arch}: changes its own tensor '{changed[0]}' in eval mode\n"
             "let it do so in training alone: if self.training: ..."
         )
-    if not torch.equal(*results):
+    if not _same(*results):
         raise UserError(
             f"network {arch}: gives another result each time for the same image, in eval mode too\n"
             "let what is random ask self.training: F.dropout(x, p, self.training), or nn.Dropout"

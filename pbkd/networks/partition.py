@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -87,6 +87,19 @@ def with_memory(module: ModuleT, device: torch.device | str = "cpu") -> ModuleT:
     return module
 
 
+def randomize(tensors: Iterable[Tensor], seed: int) -> None:
+    """Fill floating-point tensors in place: filters of about unit norm, gains and variances about 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            values = torch.rand(tensor.shape, generator=generator, dtype=tensor.dtype)
+            if tensor.dim() > 1:
+                values = (2 * values - 1) * (3.0 / tensor[0].numel()) ** 0.5
+            else:
+                values += 0.5
+            tensor.copy_(values)
+
+
 def original_on_meta(spec: TracedSpec) -> nn.Module:
     """The network before it was partitioned and narrowed, without memory for its weights."""
     return copy.deepcopy(traced_of(spec).module)
@@ -131,9 +144,9 @@ def parts_of(spec: TracedSpec, original: nn.Module) -> tuple[nn.Module, list[nn.
 
 
 def _hold_state(module: nn.Module) -> None:
-    """Make buffers of what is in no state_dict, in place: an artifact has to hold all that a network is.
+    """Turn tensors that no state_dict holds into buffers, in place, so that artifacts store them.
 
-    What a hook before the forward computes anew, as old-style weight and spectral norm do, is left to it.
+    Those of modules with forward pre-hooks are left alone: old-style weight and spectral norm recompute them.
     """
     for part in module.modules():
         part._non_persistent_buffers_set.clear()

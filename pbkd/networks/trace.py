@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pbkd.errors import UserError
 from pbkd.networks import mistakes
 from pbkd.networks.builders import build_module, require_builder
-from pbkd.networks.dropout import keep_dropout
+from pbkd.networks.dropout import is_dropout, keep_dropout
 from pbkd.networks.mistakes import Shape, check_names, paths_of, place_of
 from pbkd.networks.spec import Scalar, TracedSpec
 from pbkd.networks.writes import KEPT_WITH_NEXT, without_writes, work_out_of_place
@@ -145,7 +145,7 @@ def trace(reference: Reference) -> Trace:
     _shapes(module, graph, reference)  # what fails, fails here, in words that say where
     without_writes(module, graph, image, reference.arch, place_of)
     work_out_of_place(module, graph)
-    if (trained := traced_in_training(reference)) is not None:
+    if any(map(is_dropout, graph.nodes)) and (trained := traced_in_training(reference)) is not None:
         keep_dropout(graph, trained)
     _simplify(module, graph)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

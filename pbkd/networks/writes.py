@@ -106,7 +106,7 @@ def without_writes(
         image: (1, C, H, W) on the meta device.
 
     Raises:
-        UserError: what is written into is seen in another form later, or belongs to the network's own state;
+        UserError: what is changed is read again later in another way, or is the network's own state;
             names the network and the module. What the network itself raises is raised as it is.
     """
     recorder = _Recorder(module, graph)
@@ -135,7 +135,7 @@ def without_writes(
 def _seen_later(
     writer: fx.Node, written: _Memory, recorder: _Recorder, position: dict[fx.Node, int]
 ) -> list[tuple[fx.Node, _Memory]]:
-    """What is read after `writer` of the memory that it changes, but by way of what it gives."""
+    """Nodes before `writer` through which something later reads what it changes, each with its memory."""
     found = []
     for node, memories in recorder.memories.items():
         if position[node] >= position[writer]:
@@ -156,10 +156,14 @@ def _read_of(user: fx.Node, memories: list[_Memory]) -> list[_Memory]:
 
 
 def _refused(arch: str, place: str, given: fx.Node) -> UserError:
-    what = "its own state" if given.op == "get_attr" else "a tensor of which more is read later, or several"
+    if given.op == "get_attr":
+        return UserError(
+            f"network {arch}: '{place}' changes the network's own '{given.target}' in eval mode\n"
+            "let it do so in training alone: if self.training: ..."
+        )
     return UserError(
-        f"network {arch}: '{place}' writes into {what}, also in eval mode\n"
-        "let it give a new tensor instead, or put all that uses this one into a module that stays whole"
+        f"network {arch}: '{place}' changes in place what is read again later in another way\n"
+        "let it give a new tensor instead, or keep all that uses this one within a module that stays whole"
     )
 
 
@@ -172,8 +176,8 @@ def _rewrite(module: nn.Module, writer: fx.Node, given: fx.Node, graph: fx.Graph
         return _on_a_clone(writer, given, graph)
     if writer.target is operator.setitem:
         writer.target = with_item
-    elif (plain := getattr(operator, name.removeprefix("i"), None)) and name.startswith("i"):
-        writer.target = plain
+    elif writer.target is getattr(operator, name, None):  # iadd and the like
+        writer.target = getattr(operator, name.removeprefix("i"))
     elif "inplace" in (arguments := _named(writer)):
         writer.args, writer.kwargs = (), arguments | {"inplace": False}
     elif (function := _namesake(writer.target, name)) is not None:

@@ -23,16 +23,16 @@ pytestmark = pytest.mark.slow
 
 SHAPE, CLASSES = (3, 8, 8), 10
 REFUSED = {
-    "WritesIntoAPart": "writes into a tensor of which more is read later",
+    "WritesIntoAPart": "changes in place what is read again later",
     "AssignsItems": "item assignment",
-    "CountsItsCalls": "writes into its own state",
+    "CountsItsCalls": "changes the network's own 'calls' in eval mode",
     "AlwaysRandom": "another result each time",
     "Squeezed": "flatten",
     "DrawnAnew": "'order', which no state_dict holds, is another one in each build",
-    "PartsWrittenOneByOne": "writes into a tensor of which more is read later",
+    "PartsWrittenOneByOne": "changes in place what is read again later",
     "NumbersInForward": "register it as a buffer",
     "NamedAsTorchs": "'graph' is a name that torch.fx needs",
-    "WritesOut": "'mul' writes into a tensor of which more is read later",
+    "WritesOut": "'mul' changes in place what is read again later",
 }
 # Of which no channel of the unit's block can go.
 WHOLE = {
