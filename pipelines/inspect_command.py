@@ -101,9 +101,13 @@ def _print(found: Inspection, widths: list[float], has_latency: bool) -> None:
         "stem, blocks and classifier compute exactly what the original does",
         soft_wrap=True,
     )
+    layers: dict[str, list[str]] = {}
     for alone in found.left_alone:
         for layer, reason in alone:
-            console.print(f"'{layer}' keeps its channels: {reason}", soft_wrap=True, markup=False)
+            layers.setdefault(reason, []).append(layer)
+    for reason, names in layers.items():
+        kept = f"{', '.join(names)} keep" if len(names) > 1 else f"{names[0]} keeps"
+        console.print(f"in a student, {kept} all channels: {reason}", soft_wrap=True, markup=False)
     for reason in reasons:
         console.print(f"no student: {reason}", soft_wrap=True, markup=False)
 
