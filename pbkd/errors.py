@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class StageError(RuntimeError):
     """A stage could not be completed for a reason that is not the user's mistake."""
+
+
+def first_line(error: BaseException) -> str:
+    """What it says, in one line of at most 200 characters; its type, if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()[:200]

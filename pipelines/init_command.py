@@ -76,14 +76,10 @@ def init(
         raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another file with --out")
     settings = _data_settings(data, place, image_size)
     text = _render(path, name, arch, settings, place, weights, pretrained, epochs)
-    only_trained = _try_out(text, weights)
+    notes = _try_out(text, weights)
     path.write_text(text, encoding="utf-8")
-    if only_trained:
-        from pbkd.networks.weights import few
-
-        typer.echo(
-            f"note: the network runs {few(only_trained)} in training alone; no student has it", err=True
-        )
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     command = shlex.join(["pbkd", "plan", str(path)])
     typer.echo(f"{path}\nnext:  {command}    {command.replace(' plan ', ' run ', 1)}")
 
@@ -162,12 +158,11 @@ def _render(
 def _try_out(text: str, weights: Path | None) -> list[str]:
     """Plan the recipe, load the weights, and compare the network with the user's own.
 
-    Returns what the network runs in training alone. Raises UserError for whatever does not fit.
+    Returns how it trains otherwise than a copy. Raises UserError for whatever does not fit.
     """
     from pbkd.networks import TracedSpec, load_weights
     from pbkd.networks.equality import require_equal, require_exact
-    from pbkd.networks.trace import Reference
-    from pbkd.networks.training_only import run_in_training_only
+    from pbkd.networks.training_differences import trained_otherwise
     from pbkd.networks.weights import empty
     from pbkd.weight_files import read_tensors
     from pipelines.graph import build_graph
@@ -191,7 +186,7 @@ def _try_out(text: str, weights: Path | None) -> list[str]:
         network = empty(spec)
         unused = load_weights(network, read_tensors(weights, network), str(weights))
         require_equal(network, spec, images, unused)
-    return run_in_training_only(Reference.of(spec))
+    return trained_otherwise(spec)
 
 
 def _some_images(settings: DataSettings) -> Tensor | None:

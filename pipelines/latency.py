@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 from pbkd import artifact
+from pbkd.errors import first_line
 from pbkd.measure import compiled, measure_latency
 from pbkd.networks import AnySpec, BlockNetwork, fresh
 from pipelines.jobs import processor, versions
@@ -99,11 +100,7 @@ class Latencies:
             if not timing.is_compiled:
                 raise
             if not self._has_warned:
-                log.warning("torch.compile does not work here, no latency by it: %s", _first_line(error))
+                log.warning("torch.compile does not work here, no latency by it: %s", first_line(error))
             self._has_warned = True
             return None
         return asdict(latency)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

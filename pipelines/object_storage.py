@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pbkd.errors import UserError
+from pbkd.errors import UserError, first_line
 from pbkd.storage import Stat, Unreachable, user_cache
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ class ObjectStorage:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.location(name)) from error
         except BaseError as error:
             raise Unreachable(
-                f"{self.location(name)}: {_reason(error)}\n"
+                f"{self.location(name)}: {first_line(error)}\n"
                 "what was written before is intact; type the same command again when it answers"
             ) from error
 
@@ -277,7 +277,7 @@ def _connect(url: str) -> ObjectStore:
         return _client(url, patient=True)
     except (BaseError, ValueError, FileNotFoundError) as error:
         raise UserError(
-            f"store {url}: cannot be used: {_reason(error)}\n"
+            f"store {url}: cannot be used: {first_line(error)}\n"
             "expected s3://BUCKET/PREFIX of a bucket that is there for you; the environment has the rest:\n"
             "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL; more: docs/stores.md"
         ) from error
@@ -300,7 +300,3 @@ def _client(url: str, *, patient: bool) -> ObjectStore:
 def _cache(url: str) -> Path:
     readable = re.sub(r"[^A-Za-z0-9]+", "-", url)
     return user_cache() / f"{readable}-{sha256(url.encode()).hexdigest()[:8]}"
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]

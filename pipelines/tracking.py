@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from pbkd.errors import StageError, UserError
+from pbkd.errors import StageError, UserError, first_line
 from pbkd.storage import Folder, Storage
 from pipelines.journal import Journal, latest_report, report_files
 from pipelines.lease import held
@@ -278,9 +278,8 @@ def replay(uri: str, store: Store) -> list[str]:
         for pipeline_id in missing:
             Tracker(uri, store, pipeline_id).project()
     except Exception as error:  # MLflow, requests and sqlalchemy have no common base
-        reason = str(error).partition("\n")[0] or type(error).__name__
         raise StageError(
-            f"MLflow at {uri} cannot be written: {reason}\ncheck the address and the server"
+            f"MLflow at {uri} cannot be written: {first_line(error)}\ncheck the address and the server"
         ) from error
     return missing
 

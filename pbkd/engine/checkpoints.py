@@ -15,6 +15,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from pbkd.engine.state import State
+from pbkd.errors import first_line
 from pbkd.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if isinstance(error, OSError) and error.errno != errno.EIO:
                 raise  # it may be sound, and cannot be reached
-            raise _Damaged(_one_line(error)) from error
+            raise _Damaged(first_line(error)) from error
 
     def _names(self) -> list[str]:
         return [name for name in self._storage.names() if NAME.fullmatch(name)]
@@ -144,7 +145,3 @@ def _parse(name: str, content: bytes) -> State:
     header = json.loads(content[HEADER_LENGTH : HEADER_LENGTH + length])
     rest = json.loads(header["__metadata__"]["state"])
     return State(rest["step"], load_tensors(content), rest["numbers"], rest["history"])
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -16,7 +16,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from pbkd.errors import UserError
+from pbkd.errors import UserError, first_line
 from pbkd.networks.own_code import digest_of_code, is_library_file
 from pbkd.networks.spec import Scalar
 from pbkd.torchvision_compat import import_torchvision
@@ -146,7 +146,7 @@ def pretrained_tensors(arch: str) -> dict[str, Tensor]:
         network = cast(nn.Module, _timm().create_model(name, pretrained=True))
     except (OSError, RuntimeError, ValueError) as error:  # what urllib, torch.hub and huggingface_hub raise
         raise UserError(
-            f"pretrained: {wanted} cannot be had ({_first_line(error)}); where there is no network, give a "
+            f"pretrained: {wanted} cannot be had ({first_line(error)}); where there is no network, give a "
             "file: weights: FILE.safetensors, or a state_dict that torch.save wrote"
         ) from error
     return network.state_dict()
@@ -217,13 +217,9 @@ def _timm() -> Any:
         raise UserError("network.arch: timm is not installed; pip install 'pbkd[timm]'") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _raised(error: Exception) -> str:
     """What the user's code raised, and at which of its lines."""
-    said = f"{type(error).__name__}: {_first_line(error)}"
+    said = f"{type(error).__name__}: {first_line(error)}"
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {said}"
     frames = traceback.extract_tb(error.__traceback__)

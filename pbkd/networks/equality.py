@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pbkd.errors import UserError
+from pbkd.errors import UserError, first_line
 from pbkd.networks.block_network import BlockNetwork
 from pbkd.networks.mistakes import place_of
-from pbkd.networks.partition import original_fresh, original_name, randomize, traced_of, unnarrowed
+from pbkd.networks.partition import original_fresh, original_name, randomize, traced_of, unnarrowed, unshared
 from pbkd.networks.spec import TracedSpec
 from pbkd.networks.trace import Reference, result_of
 
@@ -28,11 +28,16 @@ def require_exact(spec: TracedSpec, images: Tensor | None = None) -> None:
     Raises:
         UserError: see `require_equal`.
     """
-    network = BlockNetwork(unnarrowed(spec), original_fresh(spec, 0)).eval().requires_grad_(False)
+    require_equal(random_copy(spec), unnarrowed(spec), images)
+
+
+def random_copy(spec: TracedSpec) -> BlockNetwork:
+    """The network of `spec` as it was cut, in eval mode, with random weights."""
+    network = BlockNetwork(unnarrowed(spec), original_fresh(spec, 0)).eval()
     held = traced_of(spec).module.state_dict()
     own = network.state_dict()
     randomize((tensor for name, tensor in own.items() if original_name(name) in held), 0)
-    require_equal(network, unnarrowed(spec), images)
+    return network
 
 
 def require_equal(
@@ -56,31 +61,27 @@ def require_equal(
             original gives another result each time, or changes its own tensors.
     """
     try:
-        _require_equal(network, spec, images, dict(unused or {}))
+        _require_equal(network, spec, images, unused)
     except UserError:
         raise
     except Exception as error:  # the user's forward may raise anything where it runs as a copy
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
-            f"network {spec.arch}: a copy of it cannot be run: {reason}\n"
+            f"network {spec.arch}: a copy of it cannot be run: {first_line(error)}\n"
             "let it hold its tensors as parameters or buffers in float32, none in closures, hooks or lists"
         ) from error
 
 
 def _require_equal(
-    network: BlockNetwork, spec: TracedSpec, images: Tensor | None, unused: dict[str, Tensor]
+    network: BlockNetwork, spec: TracedSpec, images: Tensor | None, unused: Mapping[str, Tensor] | None
 ) -> None:
-    original = Reference.of(spec).build().eval().requires_grad_(False)
-    own = {original_name(name): tensor for name, tensor in network.state_dict().items()}
-    _require_same_build(original, own, spec.arch)
-    _give(original, own | unused)
+    original = with_tensors_of(network, spec, unused).requires_grad_(False)
     noise = torch.randn(max(BATCHES), *spec.input_shape, generator=torch.Generator().manual_seed(1))
     _require_repeatable(original, noise[:1], spec.arch)
     network = copy.deepcopy(network).eval()
     _require_untouched(network, noise, spec.arch)
     for given in (noise,) if images is None else (images, noise):
         for count in BATCHES:
-            if not _are_equal(network, original, given[:count]):
+            if not _are_equal(network, original, given[:count], spec.arch):
                 where = _first_difference(network, original, spec, given[:count])
                 raise UserError(
                     f"network {spec.arch}: in blocks it computes something else than your module does; "
@@ -89,12 +90,34 @@ def _require_equal(
                 )
 
 
-def _are_equal(network: BlockNetwork, original: nn.Module, images: Tensor) -> bool:
+def with_tensors_of(
+    network: BlockNetwork, spec: TracedSpec, unused: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """The user's untouched module in eval mode, with the values of the network's tensors, and of `unused`.
+
+    Raises:
+        UserError: it holds tensors that are in no state_dict and others in each build.
+    """
+    original = Reference.of(spec).build().eval()
+    own = {original_name(name): tensor for name, tensor in network.state_dict().items()}
+    _require_same_build(original, own, spec.arch)
+    _give(original, own | dict(unused or {}))
+    return original
+
+
+def _are_equal(network: BlockNetwork, original: nn.Module, images: Tensor, arch: str) -> bool:
     expected, found = _logits(original, images), _logits(network, images)
     if _same(expected, found):
         return True
     doubles = (copy.deepcopy(part).double() for part in (original, network))
-    expected, found = (_logits(part, images.double()) for part in doubles)
+    try:
+        expected, found = (_logits(part, images.double()) for part in doubles)
+    except RuntimeError as error:
+        raise UserError(
+            f"network {arch}: in blocks it computes something else than your module does, and float64, which "
+            f"tells whether that is rounding, fails: {first_line(error)}\n"
+            "let it compute in one type: no autocast and no change of types in its forward"
+        ) from error
     return bool((expected - found).abs().max() <= ROUNDING * expected.abs().max())
 
 
@@ -104,7 +127,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _logits(part: nn.Module, images: Tensor) -> Tensor:
-    with _deterministic():
+    with deterministic():
         logits: Tensor = part(images.clone())
     return logits
 
@@ -114,7 +137,7 @@ def _require_untouched(network: BlockNetwork, x: Tensor, arch: str) -> None:
     parts = {"stem": network.stem} | {f"block {n}": block for n, block in enumerate(network.blocks, 1)}
     for name, part in (parts | dict(network.classifier.named_children())).items():
         before = x.clone()
-        with _deterministic():
+        with deterministic():
             result = part(x)
         if not _same(x, before):
             raise UserError(
@@ -139,7 +162,7 @@ def _require_same_build(original: nn.Module, own: Mapping[str, Tensor], arch: st
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """As any user would run it; what is random gives the same each time."""
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -151,14 +174,17 @@ def _give(original: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
-            getattr(original.get_submodule(path), leaf).copy_(tensor)
+            owner = original.get_submodule(path)
+            if leaf in owner._buffers:
+                owner._buffers[leaf] = unshared(getattr(owner, leaf))
+            getattr(owner, leaf).copy_(tensor)
 
 
 def _require_repeatable(original: nn.Module, image: Tensor, arch: str) -> None:
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     results = []
     for seed in range(2):
-        with _deterministic():
+        with deterministic():
             torch.manual_seed(seed)
             results.append(original(image.clone()))
     changed = [name for name, tensor in original.state_dict().items() if not _same(tensor, before[name])]
@@ -189,7 +215,7 @@ def _first_difference(network: BlockNetwork, original: nn.Module, spec: TracedSp
         return hook
 
     hooks = [original.get_submodule(path).register_forward_hook(keep(path)) for path in called]
-    with _deterministic():
+    with deterministic():
         original(images.double())
     for hook in hooks:
         hook.remove()
@@ -215,7 +241,7 @@ def _compare(
             return result
 
     x = images.double()
-    with _deterministic():
+    with deterministic():
         for part in (network.stem, *network.blocks, *network.classifier.children()):
             x = Compared(part).run(x) if isinstance(part, fx.GraphModule) else part(x)
             if different:

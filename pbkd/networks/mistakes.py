@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
-from pbkd.errors import UserError
+from pbkd.errors import UserError, first_line
 
 Shape = tuple[int, ...]
 _PROBABILITIES = {"softmax", "log_softmax", "logsoftmax", "sigmoid", "logsigmoid", "softmin"}
@@ -27,6 +29,33 @@ def paths_of(node: fx.Node) -> list[str]:
 def place_of(node: fx.Node) -> str:
     """The innermost module that `node` runs in, or its own name."""
     return (paths_of(node) or [node.name])[-1]
+
+
+def uncopied(module: nn.Module) -> str | None:
+    """Of a network that cannot be copied, or not with all it does; None of any other."""
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if is_lazy(tensor):
+            return (
+                f"'{name}' has no size before a first batch\n"
+                "let the builder run one: network(torch.zeros(1, *input_shape)); it is given input_shape"
+            )
+    if module._forward_hooks or module._forward_pre_hooks:
+        return (
+            "has a hook on the whole of it, which no part of it runs\n"
+            "let its forward do what the hook does, or wrap it in a module: self.network(x)"
+        )
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            try:
+                if name not in ("_modules", "_parameters", "_buffers"):
+                    copy.deepcopy(value)
+            except Exception as error:  # noqa: BLE001  # whatever the user's attribute raises
+                place = ".".join(filter(None, (path, name)))
+                return (
+                    f"its '{place}', a {type(value).__name__}, cannot be copied: {first_line(error)}\n"
+                    "let its modules hold tensors, numbers and modules, or define __deepcopy__"
+                )
+    return None
 
 
 def transformer(module: nn.Module) -> str | None:

@@ -150,6 +150,9 @@ def _hold_state(module: nn.Module) -> None:
     """
     for part in module.modules():
         part._non_persistent_buffers_set.clear()
+        for name, buffer in part._buffers.items():
+            if buffer is not None:  # an expanded one cannot be loaded
+                part._buffers[name] = unshared(buffer)
         for name, value in list(vars(part).items()):
             if isinstance(value, Tensor):
                 delattr(part, name)
@@ -157,6 +160,12 @@ def _hold_state(module: nn.Module) -> None:
                     setattr(part, name, value.detach())
                 else:
                     part.register_buffer(name, value.detach())
+
+
+def unshared(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it if some of its elements lie in the same place, as after `expand`."""
+    expanded = any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.clone(memory_format=torch.contiguous_format) if expanded else tensor
 
 
 def parts_in(spec: TracedSpec) -> tuple[TracedPart, ...]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from pbkd.errors import UserError
+from pbkd.errors import UserError, first_line
 from pbkd.networks import mistakes
 from pbkd.networks.builders import build_module, require_builder
 from pbkd.networks.dropout import is_dropout, keep_dropout
 from pbkd.networks.mistakes import Shape, check_names, paths_of, place_of
 from pbkd.networks.spec import Scalar, TracedSpec
+from pbkd.networks.tracer import NetworkTracer
 from pbkd.networks.writes import KEPT_WITH_NEXT, without_writes, work_out_of_place
 
 _ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -128,6 +127,8 @@ def trace(reference: Reference) -> Trace:
             classes, or does not take images of this shape; names the network, the module and the cure.
     """
     module = reference.build_meta().eval()
+    if (wrong := mistakes.uncopied(module)) is not None:
+        raise UserError(f"network {reference.arch}: {wrong}")
     tracer = NetworkTracer()
     try:
         _check_one_input(module, reference.arch)
@@ -136,7 +137,8 @@ def trace(reference: Reference) -> Trace:
         raise
     except Exception as error:  # the user's forward may raise anything when it is traced
         raise UserError(
-            f"network {reference.arch}: {type(module).__name__}.forward cannot be traced: {_reason(error)}\n"
+            f"network {reference.arch}: {type(module).__name__}.forward cannot be traced: "
+            f"{first_line(error)}\n"
             "put what depends on the values of tensors into a module of its own, which then stays whole"
         ) from error
     _check_one_output(graph, reference.arch)
@@ -163,44 +165,6 @@ def traced_in_training(reference: Reference) -> fx.Graph | None:
         return NetworkTracer().trace(reference.build_meta().train())
     except Exception:  # noqa: BLE001  # the user's forward may raise anything; `init` says so
         return None
-
-
-class NetworkTracer(fx.Tracer):
-    """Traces into modules made of others; a module that cannot be traced stays whole."""
-
-    proxy_buffer_attributes = True  # else what is computed from a buffer would be a tensor on the meta device
-
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """Images alone; all other arguments keep their defaults."""
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Modules without parts, and norms: traced in eval mode, they would stay in it for good."""
-        return not any(True for _ in m.children()) or isinstance(m, _BatchNorm)
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        last = next(iter(reversed(self.graph.nodes)))
-        stack = OrderedDict(self.module_stack)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except UserError:
-            raise
-        except Exception:  # whatever its forward raises when it gets no tensors
-            while (node := next(iter(reversed(self.graph.nodes)))) is not last:
-                self.graph.erase_node(node)
-            self.module_stack = stack
-            path = self.path_of_module(m)
-            if _single_tensor(args, kwargs):
-                return self.create_proxy("call_module", path, args, kwargs)
-            raise
-
-
-def _single_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return len(args) == 1 and isinstance(args[0], fx.Proxy) and not kwargs
 
 
 def _check_one_input(module: nn.Module, arch: str) -> None:
@@ -230,7 +194,8 @@ def _check_one_output(graph: fx.Graph, arch: str) -> None:
 def _simplify(module: nn.Module, graph: fx.Graph) -> None:
     """Leave out what does nothing."""
     for node in graph.nodes:
-        if node.op == "call_module" and type(module.get_submodule(str(node.target))) is nn.Identity:
+        part = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if type(part) is nn.Identity and not (part._forward_hooks or part._forward_pre_hooks):
             node.replace_all_uses_with(node.all_input_nodes[0])
 
 
@@ -261,7 +226,7 @@ def _shapes(module: nn.Module, graph: fx.Graph, reference: Reference) -> dict[fx
     except Exception as error:  # the user's modules may raise anything
         assert recorder.current is not None, "the input is a node"
         wrong = mistakes.failure(
-            module, recorder.current, recorder.shapes, reference.input_shape, _reason(error)
+            module, recorder.current, recorder.shapes, reference.input_shape, first_line(error)
         )
         raise UserError(f"network {reference.arch}: {wrong}") from error
     if not isinstance(result, Tensor):
@@ -377,8 +342,3 @@ def operation_name(node: fx.Node, taken: Container[str]) -> str:
     while node.op != "call_module" and name in taken:
         name += "_"
     return name
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[0][:160]

@@ -46,6 +46,19 @@ class _Memory:
         return torch.arange(last + 1).as_strided(self.size, self.stride, self.offset).flatten().tolist()
 
 
+_ANSWERS = (
+    "gt_",
+    "ge_",
+    "lt_",
+    "le_",
+    "eq_",
+    "ne_",
+    "logical_not_",
+    "logical_and_",
+    "logical_or_",
+    "logical_xor_",
+)
+"""Methods that write ones and zeros of their tensor's type; their namesakes give booleans."""
 _NO_TENSOR = _Memory(-1, (), (), 0)
 
 
@@ -56,6 +69,7 @@ class _Recorder(fx.Interpreter):
         memories: of the tensors that a node gives, as they were then.
         tensors: the nodes that give a single one.
         written: node that writes -> those among its arguments whose tensor it has changed.
+        mixed: those of them that get tensors of several types.
     """
 
     def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
@@ -64,6 +78,7 @@ class _Recorder(fx.Interpreter):
         self.memories: dict[fx.Node, list[_Memory]] = {}
         self.written: dict[fx.Node, list[fx.Node]] = {}
         self.tensors: set[fx.Node] = set()
+        self.mixed: set[fx.Node] = set()
         self._alive: list[Tensor] = []  # else a storage's address would be another's next
 
     def run_node(self, n: fx.Node) -> Any:
@@ -74,9 +89,13 @@ class _Recorder(fx.Interpreter):
         for (node, tensor), version in zip(given, before, strict=True):
             if tensor._version != version and node not in self.written.setdefault(n, []):
                 self.written[n].append(node)
-        found = list(_tensors(result))
+        if len({tensor.dtype for _, tensor in given}) > 1:
+            self.mixed.add(n)
+        is_assignment = n.target is operator.setitem  # it gives None, and rewritten the tensor it changes
+        gives = self.env[n.all_input_nodes[0]] if is_assignment else result
+        found = list(_tensors(gives))
         self._alive += found
-        if isinstance(result, Tensor):
+        if isinstance(gives, Tensor):
             self.tensors.add(n)
         self.memories[n] = [_Memory.of(tensor) for tensor in found]
         return result
@@ -122,7 +141,7 @@ def without_writes(
         is_one = len(memories) == 1 and all(memory == memories[0] for memory in same)
         if given.op == "get_attr" or not is_one:
             raise _refused(arch, place_of(writer), given)
-        if not _rewrite(module, writer, given, graph) and seen:
+        if not _rewrite(module, writer, given, graph, writer in recorder.mixed) and seen:
             raise _refused(arch, place_of(writer), given)
         newest |= dict.fromkeys((written, given, *(node for node, _ in seen)), writer)
         newest |= {older: writer for older, newer in newest.items() if newer is given}
@@ -167,16 +186,24 @@ def _refused(arch: str, place: str, given: fx.Node) -> UserError:
     )
 
 
-def _rewrite(module: nn.Module, writer: fx.Node, given: fx.Node, graph: fx.Graph) -> bool:
+def _rewrite(
+    module: nn.Module, writer: fx.Node, given: fx.Node, graph: fx.Graph, of_several_types: bool
+) -> bool:
     """Let `writer` give what it would have made of `given`; False if only its own result is that."""
     name = str(getattr(writer.target, "__name__", writer.target))
+    is_operator = writer.target is getattr(operator, name, None)
+    keeps_type = of_several_types or name in _ANSWERS  # of what it changes, which its namesake may not
     if writer.op == "call_module":
         if getattr(module.get_submodule(str(writer.target)), "inplace", False) is True:
             return True  # once the flag is off
         return _on_a_clone(writer, given, graph)
     if writer.target is operator.setitem:
         writer.target = with_item
-    elif writer.target is getattr(operator, name, None):  # iadd and the like
+    elif keeps_type and (is_operator or name.endswith("_")) and writer.args[:1] == (given,):
+        method = f"__{name}__" if is_operator else name
+        writer.op, writer.target = "call_function", on_a_copy
+        writer.args = (given, method, *writer.args[1:])
+    elif is_operator:  # iadd and the like
         writer.target = getattr(operator, name.removeprefix("i"))
     elif "inplace" in (arguments := _named(writer)):
         writer.args, writer.kwargs = (), arguments | {"inplace": False}

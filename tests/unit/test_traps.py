@@ -13,7 +13,7 @@ from pbkd.networks.channel_groups import removed_by
 from pbkd.networks.channels import inner_groups, left_alone, original_tensors
 from pbkd.networks.equality import require_equal, require_exact
 from pbkd.networks.trace import Reference, trace
-from pbkd.networks.training_only import run_in_training_only
+from pbkd.networks.training_differences import run_in_training_only, trained_otherwise
 from pbkd.networks.weights import empty
 from pbkd.stages.prune_foreign import ForeignPruning
 from tests.unit import trap_networks
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.slow
 SHAPE, CLASSES = (3, 8, 8), 10
 REFUSED = {
     "WritesIntoAPart": "changes in place what is read again later",
-    "AssignsItems": "item assignment",
     "CountsItsCalls": "changes the network's own 'calls' in eval mode",
     "AlwaysRandom": "another result each time",
     "Squeezed": "flatten",
@@ -33,11 +32,16 @@ REFUSED = {
     "NumbersInForward": "register it as a buffer",
     "NamedAsTorchs": "'graph' is a name that torch.fx needs",
     "WritesOut": "'mul' changes in place what is read again later",
+    "Lazy": "'fc.weight' has no size before a first batch",
+    "HookedAsAWhole": "a hook on the whole of it",
+    "HoldsALock": "its 'a.lock', a lock, cannot be copied",
+    "ChangesItsType": "let it compute in one type: no autocast",
 }
 # Of which no channel of the unit's block can go.
 WHOLE = {
     "Chunked", "Buffers", "ParametrizedNorm", "PixelShuffled", "SpectralNorm", "WeightNorm",
     "WritesIntoHalvesApart", "Permuted", "HeldOutOfSight", "JoinedWithItself", "TiedWeights",
+    "OfSeveralTypes", "IntegerParameter",
 }  # fmt: skip
 
 
@@ -167,6 +171,21 @@ def test_a_copy_that_differs_is_refused_where_it_first_does(monkeypatch: pytest.
 def test_what_a_forward_does_in_training_alone_is_named() -> None:
     assert run_in_training_only(Reference.of(spec_of("NoisyInTraining"))) == ["randn_like", "extra", "add"]
     assert run_in_training_only(Reference.of(spec_of("FunctionalDropout"))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("NoisyInTraining", ["'randn_like', 'extra', 'add' in training alone"]),
+        ("FrozenNorms", ["leaves 'enter.1' in eval mode"]),
+        ("StraightThrough", ["'a.bias', 'a.weight', 'enter.1.bias', ... get other gradients"]),
+        ("WithoutGradients", ["'a.bias', 'a.weight', 'enter.1.bias', ... get other gradients"]),
+        ("InplaceMethod", []),
+    ],
+)
+def test_how_a_network_trains_otherwise_than_its_copy_is_told(name: str, told: list[str]) -> None:
+    found = trained_otherwise(spec_of(name))
+    assert len(found) == len(told) and all(words in line for words, line in zip(told, found, strict=True))
 
 
 @pytest.mark.parametrize("name", ["ShuffledByView", "ShuffledByModule"])

@@ -1,5 +1,6 @@
 """Networks of ten classes for images of 3x8x8, each with something that a copy could get wrong."""
 
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -572,3 +573,134 @@ class DropoutOfTorchs(Around):
 class NoDropout(Around):
     def unit(self, x):
         return self.b(F.dropout(self.a(x), 0.5, training=False))
+
+
+@trap
+class ChangesByOperators(Around):
+    def unit(self, x):
+        y = self.a(x)
+        z = y
+        z += 1.0
+        z *= 2.0
+        z -= x
+        z /= 3.0
+        return self.b(y)
+
+
+@trap
+class OfSeveralTypes(Around):
+    """In place, a tensor keeps its type."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gains", torch.linspace(0.3, 1.7, 16, dtype=torch.float64).view(1, 16, 1, 1))
+
+    def unit(self, x):
+        y = self.a(x)
+        y.mul_(self.gains)
+        y += self.gains
+        mask = x.clone()
+        mask.gt_(0.1)
+        return self.b(y * mask)
+
+
+@trap
+class ExpandedBuffer(Around):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("gains", torch.linspace(0.5, 1.5, 16).view(1, 16, 1, 1).expand(1, 16, 8, 8))
+
+    def unit(self, x):
+        return self.b(self.a(x) * self.gains)
+
+
+@trap
+class HookedIdentity(Around):
+    def __init__(self):
+        super().__init__()
+        self.doubled = nn.Identity()
+        self.doubled.register_forward_hook(lambda module, given, result: 2.0 * result)
+
+    def unit(self, x):
+        return self.b(self.doubled(self.a(x)))
+
+
+@trap
+class OneSlope(Around):
+    def __init__(self):
+        super().__init__()
+        self.slope = nn.PReLU()
+
+    def unit(self, x):
+        return self.b(self.slope(self.a(x)))
+
+
+@trap
+class IntegerParameter(Around):
+    def __init__(self):
+        super().__init__()
+        self.order = nn.Parameter(torch.arange(16).roll(5), requires_grad=False)
+
+    def unit(self, x):
+        return self.b(self.a(x)[:, self.order])
+
+
+@trap
+class Lazy(Around):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.LazyLinear(10)
+
+
+@trap
+class HookedAsAWhole(Around):
+    def __init__(self):
+        super().__init__()
+        self.register_forward_hook(lambda module, given, result: 2.0 * result)
+
+
+@trap
+class HoldsALock(Around):
+    def __init__(self):
+        super().__init__()
+        self.a.lock = threading.Lock()
+
+
+@trap
+class ChangesItsType(Around):
+    def unit(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.a(x)
+        return self.b(y.float())
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+@trap
+class StraightThrough(Around):
+    def unit(self, x):
+        return self.b(_Sign.apply(self.a(x)))
+
+
+@trap
+class WithoutGradients(Around):
+    def unit(self, x):
+        with torch.no_grad():
+            y = self.a(x)
+        return self.b(y)
+
+
+@trap
+class FrozenNorms(Around):
+    def train(self, mode=True):
+        super().train(mode)
+        self.enter[1].eval()
+        return self
