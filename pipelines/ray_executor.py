@@ -14,9 +14,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pipelines.seldom_collected  # noqa: F401 - before torch, in Ray's processes too
-from pbkd.errors import StageError, UserError
+from pbkd.errors import StageError, UserError, first_line
 from pipelines.executors import concurrency
 from pipelines.jobs import GaveUp, Job, carry_out
+from pipelines.ray_settings import QUIET
 from pipelines.recipe import Compute
 from pipelines.store import Store
 
@@ -26,13 +27,11 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 10.0
 LOOPBACK = ("127.0.0.1:", "localhost:")
 OBJECT_STORE_BYTES = 200 * 2**20  # jobs exchange nothing through it
-SETTINGS = {
+SETTINGS = QUIET | {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how fast an ended job is noticed
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each job, and nobody here asks it
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # how long a worker that does not answer is asked to end
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # how often the memory of each process is added up
 }
 
 
@@ -139,7 +138,7 @@ def connect(store: Store, compute: Compute) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address == "local":
             raise StageError(
-                f"Ray could not be started on this machine: {_first_line(error)}\n"
+                f"Ray could not be started on this machine: {first_line(error)}\n"
                 "compute.executor=local runs without it"
             ) from error
         raise _no_cluster(address, error) from error
@@ -161,13 +160,9 @@ def _require_answer(address: str) -> None:
 
 def _no_cluster(address: str, error: Exception) -> UserError:
     return UserError(
-        f"RAY_ADDRESS={address}: no Ray cluster to use there: {_first_line(error)}\n"
+        f"RAY_ADDRESS={address}: no Ray cluster to use there: {first_line(error)}\n"
         "unset RAY_ADDRESS to run on this machine, or set compute.executor=local"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def places(wish: dict[str, float]) -> int:

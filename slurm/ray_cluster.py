@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pipelines.ray_settings import QUIET
 from slurm.fingerprint import Fingerprint
 
 LOOPBACK = "127.0.0.1"
@@ -145,11 +146,9 @@ class RayNode:
 
     def environment(self) -> dict[str, str]:
         """What a process needs to use the cluster, and what is the same for every node of it."""
-        own = {
+        own = QUIET | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "REPORTER_UPDATE_INTERVAL_MS": "60000",
             # Ray would give way to everybody (nice 15), and starve on a shared node.
             "RAY_worker_niceness": "0",
             "OMP_WAIT_POLICY": "PASSIVE",

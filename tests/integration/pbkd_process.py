@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.marked_processes import MARK, marked_processes
 from pipelines.cli import main
+from tests.integration.forked_commands import ForkedCommand
 from tests.integration.recorded_pipeline import empty_database
 
 ROOT = Path(__file__).parents[2]
@@ -36,28 +37,30 @@ class Pbkd:
 
     def __init__(self, *arguments: object, **environment: str) -> None:
         self._mark = uuid.uuid4().hex
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", *map(str, arguments)],
-            cwd=ROOT,
-            env=os.environ | environment | {MARK: self._mark},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        self._output = out, err = os.memfd_create("stdout"), os.memfd_create("stderr")
+        words, variables = [*map(str, arguments)], os.environ | environment | {MARK: self._mark}
+        self._process: ForkedCommand | subprocess.Popen[bytes]
+        if environment:  # which may change what is imported
+            command = [sys.executable, "-m", "pipelines.cli", *words]
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=variables, stdout=out, stderr=err, start_new_session=True
+            )
+        else:
+            self._process = ForkedCommand(words, variables, out, err)
 
     def signal(self, number: int, group: bool = False) -> None:
         """Send a signal to the command, or, as Ctrl-C does, to its process group."""
         (os.killpg if group else os.kill)(self._process.pid, number)
 
     def has_ended(self) -> bool:
-        """Whether the command itself has; what it started may live on, and hold its output open."""
+        """Whether the command itself has; what it started may live on."""
         return self._process.poll() is not None
 
     def wait(self, seconds: float = SECONDS) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        out, err = self._process.communicate(timeout=seconds)
-        return self._process.returncode, out, err
+        code = self._process.wait(seconds)
+        out, err = (os.pread(file, os.fstat(file).st_size, 0).decode() for file in self._output)
+        return code, out, err
 
     def succeed(self) -> dict[str, Any]:
         """What a command with --json says on stdout, which holds nothing else."""
@@ -68,7 +71,8 @@ class Pbkd:
 
     def processes(self, words: str = "") -> list[int]:
         """The living processes of the command with `words` in their command line."""
-        return marked_processes(self._mark, words)
+        command = [] if words or self.has_ended() else [self._process.pid]
+        return list({*command, *marked_processes(self._mark, words)})
 
     def end(self) -> None:
         """End all that is left."""
@@ -77,7 +81,9 @@ class Pbkd:
                 os.kill(pid, 9)
             except ProcessLookupError:
                 continue
-        self._process.communicate(timeout=SECONDS)
+        self._process.wait(SECONDS)
+        for file in self._output:
+            os.close(file)
 
 
 @contextmanager

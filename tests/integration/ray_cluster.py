@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 from benchmarks.marked_processes import MARK, marked_processes
+from pipelines.ray_settings import QUIET
 from tests.integration.pbkd_process import ROOT, SECONDS, until
 
 BIN = Path(sys.executable).parent
@@ -48,16 +49,18 @@ class Cluster:
     def environment(self, token: str = "token") -> dict[str, str]:
         """What `ray` needs to reach it, with the token of that file."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PBKD_"))}
-        return kept | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self.folder / token),
-            "RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "REPORTER_UPDATE_INTERVAL_MS": "60000",
-            "RAY_worker_niceness": "0",
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-        }
+        return (
+            kept
+            | QUIET
+            | {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(self.folder / token),
+                "RAY_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+                "RAY_worker_niceness": "0",
+                "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+            }
+        )
 
     def ray(self, *words: str, token: str = "token") -> subprocess.CompletedProcess[str]:
         """What `ray job WORDS` says, typed in the checkout."""
