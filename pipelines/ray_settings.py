@@ -5,5 +5,6 @@ QUIET = {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "METRICS_RECORD_INTERVAL_S": "60",
     "RAY_metrics_report_interval_ms": "60000",
+    "RAY_prestart_worker_first_driver": "0",
 }
-"""Variables of the environment: nobody here reads what Ray counts of itself, by default every few seconds."""
+"""Nobody here reads what Ray counts of itself every few seconds, and jobs start workers of their own."""

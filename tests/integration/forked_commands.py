@@ -4,6 +4,7 @@ But for that they are what `python -m pipelines.cli` makes: a process of its own
 environment and output, that ends as Python does.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -22,10 +23,8 @@ IMPORTED = [
     "pipelines.run",
     "mlflow",
     "mlflow.store.tracking.sqlalchemy_store",
-    "ray",
 ]
-ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""What `pbkd` sets before it imports these."""
+"""Not Ray, which reads the environment when it is imported."""
 MESSAGE_BYTES = 1 << 17
 
 
@@ -48,6 +47,7 @@ class ForkedCommand:
         """The exit code, negative for a signal; None while it runs."""
         if self.returncode is None and select([self._answers], [], [], 0)[0]:
             self.returncode = int(self._answers.readline())
+            self._answers.close()
         return self.returncode
 
     def wait(self, timeout: float) -> int:
@@ -63,9 +63,11 @@ class ForkedCommand:
 @cache
 def _server() -> socket.socket:
     """The way to this process's server, which ends with it."""
+    from pipelines.cli import ENVIRONMENT  # the server itself is to import it anew for each command
+
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with its:
-        subprocess.Popen(
+        server = subprocess.Popen(
             [sys.executable, "-m", __name__, str(its.fileno())],
             env=os.environ | ENVIRONMENT,
             pass_fds=[its.fileno()],
@@ -73,6 +75,12 @@ def _server() -> socket.socket:
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
+
+    @atexit.register
+    def _end() -> None:
+        ours.close()
+        server.wait()
+
     return ours
 
 
