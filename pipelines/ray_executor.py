@@ -60,11 +60,12 @@ class RayExecutor:
     def run(self, job: Job, name: str) -> None:
         """Carry out `job` with `ray.train`."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+
+        from pipelines.ray_trainer import Trainer
 
         folder = self._store.root / "ray"
         fewest, most = job.compute.fewest_workers, job.compute.workers
-        trainer = TorchTrainer(
+        trainer = Trainer(
             _worker,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(

@@ -5,6 +5,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.injected import injected
 from tests.faults.long_run import LONG, has_checkpoint, newest
 from tests.integration.pbkd_process import RAY, SMALL, digests, pbkd, until, with_database
@@ -26,6 +28,7 @@ when_imported("pbkd.engine.loop", change)
 """
 
 
+@pytest.mark.proof  # on every run: a suspended one here, and a killed one on Ray
 def test_workers_that_hang_or_are_suspended_are_replaced(expected: dict[str, Any], tmp_path: Path) -> None:
     store, hung = with_database(tmp_path / "store"), tmp_path / "hung"
     settings = [*LONG, "compute.watchdog_seconds=8", "--store", store, "--json"]

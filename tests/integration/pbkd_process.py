@@ -24,6 +24,8 @@ SMALL = ROOT / "tests" / "integration" / "small.yaml"
 LOCAL, RAY = "compute.executor=local", "compute.executor=ray"
 ONE_THREAD = "compute.threads=1"  # two that share a core with others wait for one another most of the time
 SMOKE = ("smoke=true", ONE_THREAD)
+READ_LATE = ("AWS_", "RAY_", "PBKD_")
+"""Variables of these names are read after `pbkd` has imported what it forks with: see `forked_commands`."""
 SECONDS = 300.0  # no single step of a test may take longer, on a crowded machine either
 # A shell that runs the tests in the background has them ignore Ctrl-C, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,7 +42,7 @@ class Pbkd:
         self._output = out, err = os.memfd_create("stdout"), os.memfd_create("stderr")
         words, variables = [*map(str, arguments)], os.environ | environment | {MARK: self._mark}
         self._process: ForkedCommand | subprocess.Popen[bytes]
-        if environment:  # which may change what is imported
+        if not all(name.startswith(READ_LATE) for name in environment):
             command = [sys.executable, "-m", "pipelines.cli", *words]
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=variables, stdout=out, stderr=err, start_new_session=True

@@ -1,6 +1,8 @@
 """A Ray cluster as an administrator starts it, which `ray job` and `pbkd` commands join."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 from benchmarks.marked_processes import MARK, marked_processes
@@ -31,7 +34,7 @@ class Cluster:
         self.folder = folder
         self._mark = uuid.uuid4().hex
         (folder / "token").write_text("5" * 64)
-        self._home = tempfile.TemporaryDirectory(prefix="pbkd-", dir="/tmp")  # a short name, for sockets
+        self._home = Path(tempfile.mkdtemp(prefix="pbkd-", dir="/tmp"))  # a short name, for sockets
         port, self.dashboard = _free_ports(2)
         self.address = f"127.0.0.1:{port}"
         self._process = subprocess.Popen(
@@ -39,7 +42,7 @@ class Cluster:
                 BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}",
                 "--num-cpus=2", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
                 f"--dashboard-port={self.dashboard}", "--dashboard-agent-listen-port=0",
-                f"--temp-dir={self._home.name}", "--min-worker-port=0", "--max-worker-port=0",
+                f"--temp-dir={self._home}", "--min-worker-port=0", "--max-worker-port=0",
                 "--include-log-monitor=false",
             ],
             env=self.environment() | environment | {MARK: self._mark},
@@ -72,15 +75,21 @@ class Cluster:
 
     def answers(self) -> bool:
         """Whether it takes jobs."""
-        token = (self.folder / "token").read_text()
-        jobs = Request(
-            f"http://127.0.0.1:{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"}
-        )
         try:
-            with urlopen(jobs, timeout=SECONDS) as answer:
-                return bool(answer.status == 200)
+            self._asked("jobs/")
         except OSError:  # among them HTTP's errors
             return False
+        return True
+
+    def status(self, job: str) -> str:
+        """What it says of a job, as `ray job status` does, which takes three seconds to start."""
+        return str(self._asked(f"jobs/{job}")["message"])
+
+    def _asked(self, what: str) -> Any:
+        token = (self.folder / "token").read_text()
+        url, header = f"http://127.0.0.1:{self.dashboard}/api/{what}", {"Authorization": f"Bearer {token}"}
+        with urlopen(Request(url, headers=header), timeout=SECONDS) as answer:
+            return json.load(answer)
 
     def for_runs(self) -> dict[str, str]:
         """The environment in which a `pbkd` command joins it."""
@@ -95,15 +104,15 @@ class Cluster:
         """End it."""
         self._process.kill()
         self._process.wait()
-        until(self._is_over, "the cluster's processes to end")  # they write below its folder until then
-        self._home.cleanup()
+        until(self._is_over, "the cluster's processes to end, which write below its folder until then")
 
     def _is_over(self) -> bool:
         left = marked_processes(self._mark)
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, 9)
-        return not left
+        shutil.rmtree(self._home, ignore_errors=True)
+        return not left and not self._home.exists()
 
 
 def _free_ports(count: int) -> list[int]:

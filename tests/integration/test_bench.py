@@ -10,6 +10,7 @@ from pipelines.cli import main
 from tests.unit.image_folders import save_folder
 
 
+@pytest.mark.proof  # its arguments are read on every run, in test_documentation
 @pytest.mark.ffcv
 @pytest.mark.timeout(600)  # five processes import torch and FFCV, three compile
 def test_loaders_are_compared_side_by_side(

@@ -68,7 +68,7 @@ def test_a_stopped_job_keeps_its_state_and_the_next_goes_on(cluster: Cluster, tm
     assert submitted.returncode == 0, submitted.stdout
     until(lambda: len(steps(cluster)) > 20, "steps")
     assert cluster.ray("stop", "first").returncode == 0
-    until(lambda: "was stopped" in cluster.ray("status", "first").stdout, "the job to stop")
+    until(lambda: "stopped" in cluster.status("first"), "the job to stop")
     assert "the same command goes on from here" in cluster.ray("logs", "first").stdout
     assert len(steps(cluster)) < STEPS and list((store / "work").glob("*/step-*"))
 

@@ -155,7 +155,7 @@ def test_the_imagenet_recipe_runs_on_a_folder_of_images_with_given_weights(tmp_p
 CIFAR10 = pytest.mark.data("cifar-10-batches-py")
 REAL = [
     pytest.param("cifar10_resnet56", marks=[CIFAR10, pytest.mark.data("cifar10-resnet56.safetensors")]),
-    pytest.param("cifar10_vgg16", marks=CIFAR10),
+    pytest.param("cifar10_vgg16", marks=[CIFAR10, pytest.mark.proof]),
     pytest.param("cifar100_vgg16", marks=[CIFAR10, pytest.mark.proof]),
     pytest.param("imagenette_resnet18", marks=pytest.mark.data("imagenette")),
 ]
