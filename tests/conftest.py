@@ -28,10 +28,11 @@ LACKS = {
 """How the reason for a skip begins, by what is lacking."""
 
 SLOW_FIRST = [
-    "tune", "slurm", "run", "faults", "recipes", "documentation", "ffcv_reader", "object_store",
-    "foreign_networks", "exhaustion", "ray_job", "mlflow_in_browser", "report_in_browser",
-    "read_only_store", "faults_on_ray", "mlflow_faults", "tracking", "shared_store", "bench",
-    "own_module", "export_command", "export", "storage", "paired_seeds", "compare_recipes",
+    "tune", "slurm", "run", "documentation", "recipes", "faults", "object_store", "ray_job",
+    "foreign_networks", "mlflow_faults", "ffcv_reader", "mlflow_in_browser", "tracking", "exhaustion",
+    "shared_store", "export", "own_module", "report", "export_command", "storage", "read_only_store",
+    "paired_seeds", "compare_recipes", "report_in_browser", "traced_field", "pretrained", "init",
+    "run_ray_cluster", "ray_nodes", "ui", "site",
 ]  # fmt: skip
 """Files that take longest, the longest first: begun last, one of them would keep one process busy alone."""
 

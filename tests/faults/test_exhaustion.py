@@ -24,7 +24,7 @@ from tests.integration.pbkd_process import (
 )
 
 
-@pytest.mark.parametrize("executor", [LOCAL, RAY])
+@pytest.mark.parametrize("executor", [LOCAL, pytest.param(RAY, marks=pytest.mark.proof)])
 def test_too_little_memory_is_explained(
     executor: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -74,7 +74,9 @@ def write_protect(disk: Path) -> Callable[[], None]:
 FAULTS = {"No space left on device": fill, "Read-only file system": write_protect}
 
 
-@pytest.mark.parametrize("message", FAULTS)
+@pytest.mark.parametrize(
+    "message", ["No space left on device", pytest.param("Read-only file system", marks=pytest.mark.proof)]
+)
 def test_a_disk_that_takes_no_more_is_explained_and_the_run_goes_on_when_it_does(
     message: str,
     small_disk: Path,

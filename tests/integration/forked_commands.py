@@ -16,6 +16,7 @@ import sys
 import time
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from select import select
 
 IMPORTED = [
@@ -31,12 +32,14 @@ MESSAGE_BYTES = 1 << 17
 class ForkedCommand:
     """A running command, with the interface of `subprocess.Popen`."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], out: int, err: int) -> None:
-        """Start it with these file descriptors as stdout and stderr."""
+    def __init__(
+        self, arguments: list[str], folder: Path, environment: dict[str, str], out: int, err: int
+    ) -> None:
+        """Start it in `folder`, with these file descriptors as stdout and stderr."""
         answers, written = os.pipe()
         try:
-            message = json.dumps({"arguments": arguments, "environment": environment})
-            socket.send_fds(_server(), [message.encode()], [out, err, written])
+            order = {"arguments": arguments, "folder": str(folder), "environment": environment}
+            socket.send_fds(_server(), [json.dumps(order).encode()], [out, err, written])
         finally:
             os.close(written)
         self._answers = os.fdopen(answers, "rb", buffering=0)
@@ -102,6 +105,7 @@ def _command(orders: socket.socket) -> list[str] | None:
                 os.write(answers, b"%d\n" % os.getpid())
                 for descriptor in descriptors:
                     os.close(descriptor)
+                os.chdir(order["folder"])
                 os.environ.clear()
                 os.environ.update(order["environment"])
                 return order["arguments"]

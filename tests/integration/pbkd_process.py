@@ -37,7 +37,8 @@ class Pbkd:
     All it starts inherits a mark in the environment, by which `processes` finds what is left of it.
     """
 
-    def __init__(self, *arguments: object, **environment: str) -> None:
+    def __init__(self, *arguments: object, folder: Path = ROOT, **environment: str) -> None:
+        """Start it in `folder`, with these variables beside those of this process."""
         self._mark = uuid.uuid4().hex
         self._output = out, err = os.memfd_create("stdout"), os.memfd_create("stderr")
         words, variables = [*map(str, arguments)], os.environ | environment | {MARK: self._mark}
@@ -45,10 +46,10 @@ class Pbkd:
         if not all(name.startswith(READ_LATE) for name in environment):
             command = [sys.executable, "-m", "pipelines.cli", *words]
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=variables, stdout=out, stderr=err, start_new_session=True
+                command, cwd=folder, env=variables, stdout=out, stderr=err, start_new_session=True
             )
         else:
-            self._process = ForkedCommand(words, variables, out, err)
+            self._process = ForkedCommand(words, folder, variables, out, err)
 
     def signal(self, number: int, group: bool = False) -> None:
         """Send a signal to the command, or, as Ctrl-C does, to its process group."""

@@ -439,7 +439,7 @@ def on(root: Path, *more: str) -> list[str]:
     return [f"data.root={root}", *small, "compute.precision=fp32", "compute.threads=1", "smoke=true", *more]
 
 
-@pytest.mark.parametrize("executor", ["local", "ray"])
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=pytest.mark.proof)])
 def test_a_pipeline_trains_from_betons_and_its_manifests_say_so(
     photographs: Path, executor: str, tmp_path: Path, request: pytest.FixtureRequest
 ):

@@ -142,6 +142,7 @@ def test_every_command_takes_the_address(
     assert said("store", "gc", "--apply")["applied"] and said("store", "gc")["unused"] == []
 
 
+@pytest.mark.proof  # on every run: a bucket without Ray, and Ray without a bucket
 def test_on_ray_it_is_the_same(reports: list[dict[str, Any]], one: Machine, tmp_path: Path) -> None:
     url, mlflow = f"s3://{BUCKET}/ray", empty_database(tmp_path / "mlflow.db")
     arguments = [SMALL, *SETTINGS, "compute.executor=ray", f"tracking.uri={mlflow}", "--until", "teacher"]

@@ -15,7 +15,7 @@ from pbkd.errors import UserError
 from pbkd.networks import architecture, load_weights, settings_of
 from pbkd.networks.weights import empty
 from pbkd.torchvision_compat import import_torchvision
-from tests.integration.pbkd_process import ROOT, SECONDS
+from tests.integration.pbkd_process import ROOT, SECONDS, Pbkd
 
 MODULE = """
 import torch
@@ -140,42 +140,38 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pbkd(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`pbkd ARGUMENTS`, typed in `folder`."""
-    return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=2 * SECONDS,
-        check=False,
-    )
+def typed(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `pbkd ARGUMENTS`, typed in `folder`."""
+    command = Pbkd(*arguments, folder=folder)
+    try:
+        return command.wait(2 * SECONDS)
+    finally:
+        command.end()
 
 
 def test_a_module_of_ones_own_goes_through_inspect_run_and_lineage(folder: Path) -> None:
-    refused = pbkd(folder, "run", "own.yaml", "--json")
-    assert refused.returncode == 2 and "add --allow-import" in refused.stderr
+    code, _, said = typed(folder, "run", "own.yaml", "--json")
+    assert code == 2 and "add --allow-import" in said
     assert not (folder / "runs").exists()
 
     size = ("--channels", "1", "--input-size", "8", "--classes", "10")
-    looked = pbkd(folder, "inspect", "own_net:small", *size, "--allow-import", "--json")
-    shown = json.loads(looked.stdout)
+    _, looked, _ = typed(folder, "inspect", "own_net:small", *size, "--allow-import", "--json")
+    shown = json.loads(looked)
     assert shown["exact"] and shown["arch"] == "own_net:small"
     assert [block["output_shape"] for block in shown["blocks"]] == [[8, 8, 8], [16, 4, 4]]
 
-    found = pbkd(folder, "run", "own.yaml", "--json", "--allow-import")
-    assert found.returncode == 0, found.stderr
-    report = json.loads(found.stdout)
+    code, out, said = typed(folder, "run", "own.yaml", "--json", "--allow-import")
+    assert code == 0, said
+    report = json.loads(out)
     stages = {stage["name"]: stage for stage in report["stages"]}
     assert stages["distilled"]["macs_ratio"] > 1.2
     assert stages["pruned"]["macs"] < stages["distilled"]["macs"]
     assert all(stage["latency_ms"] for stage in stages.values())
 
-    again = json.loads(pbkd(folder, "run", "own.yaml", "--json", "--allow-import").stdout)
+    again = json.loads(typed(folder, "run", "own.yaml", "--json", "--allow-import")[1])
     assert {stage["state"] for stage in again["stages"]} == {"reused"}
 
-    chain = json.loads(pbkd(folder, "lineage", stages["recovered"]["artifact"], "--json").stdout)["chain"]
+    chain = json.loads(typed(folder, "lineage", stages["recovered"]["artifact"], "--json")[1])["chain"]
     names = [row["stage"] for row in chain]
     assert names[0] == "recovered" and names[-1] == "teacher" and "blocks.2" in names
 

@@ -51,9 +51,22 @@ def undisturbed_long(long: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 @pytest.fixture(scope="module")
-def on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], Path, str, Path]]:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small recipe without its baseline: one job, each of which costs Ray half a dozen processes."""
+    recipe = OmegaConf.load(SMALL)
+    del recipe.stages["scratch"]
+    recipe.baselines = []
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    OmegaConf.save(recipe, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def on_ray(
+    chain: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[dict[str, Any], Path, str, Path]]:
     store, home = tmp_path_factory.mktemp("ray"), tmp_path_factory.mktemp("home")
-    with pbkd("run", SMALL, RAY, "--store", store, "--json", HOME=str(home)) as command:
+    with pbkd("run", chain, RAY, "--store", store, "--json", HOME=str(home)) as command:
         code, out, err = command.wait()
         assert code == 0, err
         until(lambda: not command.processes(), "the end of every process")
@@ -77,7 +90,7 @@ def test_ray_and_this_machine_give_the_same_weights(
     reference: dict[str, Any], on_ray: tuple[dict[str, Any], Path, str, Path]
 ) -> None:
     report = on_ray[0]
-    assert digests(report) == digests(reference)
+    assert digests(report).items() < digests(reference).items()
     assert set(states(report).values()) == {"ran"}
 
 
@@ -121,11 +134,12 @@ def test_the_journal_tells_all_that_happened_in_order(on_ray: tuple[dict[str, An
 
 
 def test_a_finished_pipeline_run_again_starts_no_ray_and_records_nothing(
+    chain: Path,
     on_ray: tuple[dict[str, Any], Path, str, Path],
 ) -> None:
     report, store, _, _ = on_ray
     before = journal(store)
-    again = run(SMALL, RAY, "--store", store, RAY_ADDRESS="127.0.0.1:1")  # where no cluster could be joined
+    again = run(chain, RAY, "--store", store, RAY_ADDRESS="127.0.0.1:1")  # where no cluster could be joined
     assert set(states(again).values()) == {"reused"}
     assert digests(again) == digests(report)
     assert [stage["run_id"] for stage in again["stages"]] == [stage["run_id"] for stage in report["stages"]]
@@ -145,11 +159,12 @@ def test_what_a_run_did_can_be_planned_from_its_own_record(
 
 
 def test_a_lost_mlflow_is_completed_by_typing_the_command_again(
+    chain: Path,
     on_ray: tuple[dict[str, Any], Path, str, Path],
 ) -> None:
     report, store, _, _ = on_ray
     (store / "mlflow" / "mlflow.db").unlink()
-    again = run(SMALL, RAY, "--store", store)
+    again = run(chain, RAY, "--store", store)
     assert all(stage["run_id"] for stage in again["stages"])
     with pbkd("lineage", again["stages"][-1]["run_id"], "--store", store, "--json") as command:
         chain = command.succeed()["chain"]
@@ -198,7 +213,8 @@ def test_a_killed_ray_worker_is_replaced_and_the_weights_are_the_same(
     assert digests(report)["teacher"] == digests(undisturbed_long)["teacher"]
 
 
-@pytest.mark.parametrize("executor", [RAY, pytest.param(LOCAL, marks=pytest.mark.proof)])  # tests/faults
+@pytest.mark.proof  # on every run: killed drivers of tests/faults, and one on Ray that is stopped
+@pytest.mark.parametrize("executor", [RAY, LOCAL])
 def test_a_killed_driver_takes_its_processes_along_and_the_next_goes_on(
     executor: str, long: Path, undisturbed_long: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -394,6 +394,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     return tmp_path / "server"
 
 
+@pytest.mark.proof  # on every run with the command itself: tests/faults/test_mlflow_faults.py
 def test_a_server_killed_in_mid_run_costs_nothing_and_gets_everything_when_it_is_back(
     store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
