@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +84,7 @@ def run(
 
     console = Console(stderr=True)
     try:
-        with stopping():
+        with stopping(), ExitStack() as logged:
             loaded = load_recipe(recipe, overrides or [])  # before what takes seconds to import
 
             from pipelines.display import LiveDisplay, LogLines, PlainDisplay, result_table
@@ -94,7 +93,7 @@ def run(
             from pipelines.run import run_pipeline
             from pipelines.store import Store
 
-            logging.getLogger().addHandler(LogLines(console))
+            logged.enter_context(LogLines(console))
             opened = _existing(store)
             if opened is not None:
                 opened.require_writable()

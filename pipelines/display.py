@@ -21,7 +21,7 @@ from pipelines.run import PipelineResult
 
 
 class LogLines(logging.Handler):
-    """One line for a warning, above the bars if there are any."""
+    """One line for a warning, above the bars if there are any: within its context."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(logging.WARNING)
@@ -31,6 +31,12 @@ class LogLines(logging.Handler):
         """Print it."""
         text = f"{record.levelname.lower()}: {record.getMessage()}"
         self._console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> None:
+        logging.getLogger().addHandler(self)
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger().removeHandler(self)
 
 
 STYLES = {"teacher": "bold", "student": "bold green", "baseline": "cyan"}

@@ -75,7 +75,6 @@ def tune(
 
     An interrupted search goes on when the same command is typed again.
     """
-    import logging
     from contextlib import redirect_stdout
 
     from rich.console import Console
@@ -92,9 +91,9 @@ def tune(
     from tune_spaces.watch import ConsoleWatch, table
 
     console = Console(stderr=True)
-    logging.getLogger().addHandler(LogLines(console))
+    quiet = redirect_stdout(sys.stderr)
     try:
-        with stopping(), tempfile.TemporaryDirectory() as cache, redirect_stdout(sys.stderr):
+        with stopping(), tempfile.TemporaryDirectory() as cache, quiet, LogLines(console):
             loaded = load_recipe(recipe, overrides or [])
             opened = Store(store) if Store.exists(store) else None  # a report of a search is written into it
             options = Options(name or "", trials, sampler, seed, max_concurrent, early_stop)

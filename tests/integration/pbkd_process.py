@@ -111,11 +111,9 @@ def call(*words: object) -> tuple[int, str, str]:
     For commands that nobody disturbs, and that do not start Ray.
     """
     out, err, handlers = io.StringIO(), io.StringIO(), logging.getLogger().handlers.copy()
-    try:
-        with redirect_stdout(out), redirect_stderr(err):
-            code = main([*map(str, words)])
-    finally:
-        logging.getLogger().handlers[:] = handlers
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([*map(str, words)])
+    assert logging.getLogger().handlers == handlers, "a command takes its log away when it ends"
     return code, out.getvalue(), err.getvalue()
 
 

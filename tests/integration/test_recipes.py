@@ -173,6 +173,7 @@ def test_a_recipe_runs_in_small_on_real_data(name: str, tmp_path: Path) -> None:
     assert set(states(report).values()) == {"ran"}
 
 
+@pytest.mark.proof  # on every run: imagenette_resnet18 on photographs, and torchvision's weights in test_init
 @pytest.mark.data("imagenette")
 def test_an_imagenet_recipe_runs_in_small_on_real_photographs(tmp_path: Path) -> None:
     """With weights from a state_dict file, as without a connection; random, and for these ten classes."""

@@ -19,11 +19,16 @@ NETWORKS = (
     "torchvision/resnet18",
     "timm/test_convnext",  # (N, H, W, C) inside
     "timm/fasternet_t0",  # splits, and convolves a part
-    "timm/res2net50_48w_2s",
-    "timm/skresnet18",  # branches in a dimension of their own, and gates
-    "timm/resnest14d",
     "timm/tf_efficientnet_lite0",  # pads by the size of what it gets
     "timm/resnetblur18",  # a filter without weights
+    *(
+        pytest.param(name, marks=pytest.mark.proof)
+        for name in (
+            "timm/res2net50_48w_2s",
+            "timm/skresnet18",  # branches in a dimension of their own, and gates
+            "timm/resnest14d",
+        )
+    ),
 )
 
 
