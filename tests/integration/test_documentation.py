@@ -33,7 +33,7 @@ from tests.integration.pbkd_process import LOCAL, SMOKE
 DIGITS = "pipelines/recipes/digits.yaml"
 WALK = ROOT / "docs" / "guides" / "walk.md"
 SMALL = (*SMOKE, LOCAL)
-FEW_IMAGES = (*SMALL, "stages.pruned.init_images=64", "stages.blocks.init_images=64")
+FEW_IMAGES = (*SMALL, "data.limit=64", "stages.pruned.init_images=64", "stages.blocks.init_images=64")
 
 RUN = ("pbkd inspect", "pbkd init", "pbkd plan", "pbkd run", "pbkd report", "pbkd lineage", "pbkd export",
        "pbkd store")  # fmt: skip

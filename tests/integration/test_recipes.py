@@ -167,8 +167,8 @@ def test_a_recipe_runs_in_small_on_real_data(name: str, tmp_path: Path) -> None:
     given = [*SMOKE, LOCAL, *LARGE]
     if name == "cifar100_vgg16" and not (Path(os.environ["PBKD_DATA"]) / "cifar-100-python").exists():
         given.append("data.name=cifar10")
-    if name == "imagenette_resnet18":
-        given.append("data.image_size=64")
+    if name == "imagenette_resnet18":  # at the recipe's own rate, eight small images diverge
+        given += ["data.image_size=32", "stages.teacher.optimizer.lr=0.01"]
     report = run_here(_recipe(name), *given, "--store", with_database(tmp_path))
     assert set(states(report).values()) == {"ran"}
 
