@@ -1,6 +1,6 @@
 # Two commands do everything on a machine with Python 3.11 or newer, git and make:
 #   make demo    compress a network, from nothing to the result table and a report
-#   make test    every check, in half an hour or more; make quick takes a few minutes
+#   make test    every check, in about half an hour; make quick takes a few minutes
 # And make docs builds the documentation's site into build/site.
 # Both install first, into .venv; nothing outside this folder is touched, except that root on Debian gets python3-venv
 # when it is missing, and for make test what FFCV is built from, Chromium and Slurm (make ffcv, browser, slurm): it says so
@@ -169,7 +169,7 @@ quick: lint
 # What of this the machine cannot have has its tests skipped, which pytest says once more at the end; where PBKD_REQUIRE
 # names it, that is a failure.
 test:
-	@echo "test: lint, types, and every test but the proofs: half an hour or more on two cores"
+	@echo "test: lint, types, and every test but the proofs: about half an hour on two cores"
 	$(MAKE) --no-print-directory -j 2 system setup
 	$(MAKE) --no-print-directory -j 2 lint $(FFCV) || {
 	    $(MAKE) --no-print-directory lint

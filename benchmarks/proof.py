@@ -2,9 +2,9 @@
 
     python -m benchmarks.proof [PART...]
 
-fuzz: a thousand examples of each fuzzer. tests: those of which every run has a sister: the sweep over
-networks of torchvision and timm, searches, recipes, signals. copies: whether
-46 networks of both libraries are what they were in blocks. kills: a worker or a driver killed fifty times.
+fuzz: a thousand examples of each fuzzer. tests: those of which every run has a sister: sweeps over networks
+of torchvision and timm, searches, recipes, signals, faults and readers on Ray too. copies: whether 46
+networks of both libraries are what they were in blocks. kills: a worker or a driver killed fifty times.
 slurm: every fault of the list on a Slurm of two nodes. Appends a row for each part to
 benchmarks/results/proof.csv; `copies`, `kills` and `slurm` leave their figures in files of their own.
 """

@@ -78,6 +78,15 @@ def test_a_stopped_job_keeps_its_state_and_the_next_goes_on(cluster: Cluster, tm
     assert len(steps(cluster)) == len(set(steps(cluster))) == STEPS, "no step was repeated or left out"
 
 
+@pytest.mark.proof  # on every run without `ray job`: tests/integration/test_run.py
+def test_a_finished_job_submitted_again_trains_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    store = with_database(tmp_path / "runs")
+    assert submit(cluster, store).returncode == 0
+    taken = len(steps(cluster))
+    again = submit(cluster, store)
+    assert again.returncode == 0 and "reused" in again.stdout and len(steps(cluster)) == taken
+
+
 def test_a_client_without_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     (cluster.folder / "wrong").write_text("0" * 64)
     refused = cluster.ray("submit", "--", "touch", str(tmp_path / "done"), token="wrong")

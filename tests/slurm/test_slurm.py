@@ -101,6 +101,16 @@ def test_two_nodes_train_as_two_processes_here_and_as_one_through_a_time_limit_a
         assert len(seen) == 42
 
 
+@pytest.mark.proof  # on every run without Slurm: tests/integration/test_run.py
+def test_a_finished_pipeline_submitted_again_trains_nothing(bench: Bench) -> None:
+    store = bench.store()
+    first = Job(bench, store, "--until", "teacher", recipe=SMALL)
+    assert first.wait()["code"] == 0
+    taken = len(first.steps())
+    again = Job(bench, store, "--until", "teacher", recipe=SMALL)
+    assert again.wait()["code"] == 0 and len(again.steps()) == taken > 0 and again.is_clean()
+
+
 def samples(steps: Path, key: str) -> dict[int, list[list[str]]]:
     """What was logged by `LOG_SAMPLES` of a stage: for each step, of each rank, the images."""
     found: dict[int, list[list[str]]] = {}
