@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from pbkd.errors import UserError, first_line
 from pbkd.networks.block_network import BlockNetwork
 from pbkd.networks.mistakes import place_of
-from pbkd.networks.partition import original_fresh, original_name, randomize, traced_of, unnarrowed, unshared
+from pbkd.networks.partition import original_fresh, original_name, randomize, traced_of, unnarrowed, unshare
 from pbkd.networks.spec import TracedSpec
 from pbkd.networks.trace import Reference, result_of
 
@@ -99,6 +99,7 @@ def with_tensors_of(
         UserError: it holds tensors that are in no state_dict and others in each build.
     """
     original = Reference.of(spec).build().eval()
+    unshare(original)
     own = {original_name(name): tensor for name, tensor in network.state_dict().items()}
     _require_same_build(original, own, spec.arch)
     _give(original, own | dict(unused or {}))
@@ -174,10 +175,7 @@ def _give(original: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
-            owner = original.get_submodule(path)
-            if leaf in owner._buffers:
-                owner._buffers[leaf] = unshared(getattr(owner, leaf))
-            getattr(owner, leaf).copy_(tensor)
+            getattr(original.get_submodule(path), leaf).copy_(tensor)
 
 
 def _require_repeatable(original: nn.Module, image: Tensor, arch: str) -> None:

@@ -31,6 +31,17 @@ def place_of(node: fx.Node) -> str:
     return (paths_of(node) or [node.name])[-1]
 
 
+def without_modes(module: nn.Module) -> str | None:
+    """Of a network whose own `train` or `eval` is no such thing; None of any other, left in eval mode."""
+    cure = "let it take mode=True, call super().train(mode), and return self"
+    try:
+        if module.train(False) is module and module.eval() is module:
+            return None
+    except Exception as error:  # noqa: BLE001  # whatever the user's method raises
+        return f"its own train() or eval() fails: {first_line(error)}\n{cure}"
+    return f"its own train() or eval() does not return the network\n{cure}"
+
+
 def uncopied(module: nn.Module) -> str | None:
     """Of a network that cannot be copied, or not with all it does; None of any other."""
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -148,11 +148,9 @@ def _hold_state(module: nn.Module) -> None:
 
     Those of modules with forward pre-hooks are left alone: old-style weight and spectral norm recompute them.
     """
+    unshare(module)
     for part in module.modules():
         part._non_persistent_buffers_set.clear()
-        for name, buffer in part._buffers.items():
-            if buffer is not None:  # an expanded one cannot be loaded
-                part._buffers[name] = unshared(buffer)
         for name, value in list(vars(part).items()):
             if isinstance(value, Tensor):
                 delattr(part, name)
@@ -162,10 +160,12 @@ def _hold_state(module: nn.Module) -> None:
                     part.register_buffer(name, value.detach())
 
 
-def unshared(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it if some of its elements lie in the same place, as after `expand`."""
-    expanded = any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.clone(memory_format=torch.contiguous_format) if expanded else tensor
+def unshare(module: nn.Module) -> None:
+    """Give each element memory of its own, in place: those of what was expanded could not be loaded."""
+    for part in module.modules():
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+                replace_tensor(part, name, tensor.contiguous())
 
 
 def parts_in(spec: TracedSpec) -> tuple[TracedPart, ...]:

@@ -126,8 +126,8 @@ def trace(reference: Reference) -> Trace:
         UserError: it cannot be traced, has several inputs or outputs, is no classifier or one of other
             classes, or does not take images of this shape; names the network, the module and the cure.
     """
-    module = reference.build_meta().eval()
-    if (wrong := mistakes.uncopied(module)) is not None:
+    module = reference.build_meta()
+    if (wrong := mistakes.without_modes(module) or mistakes.uncopied(module)) is not None:
         raise UserError(f"network {reference.arch}: {wrong}")
     tracer = NetworkTracer()
     try:

@@ -25,6 +25,7 @@ def trained_otherwise(spec: TracedSpec) -> list[str]:
     """What the network of `spec` does while it trains and its copy does not, a sentence for each kind."""
     found = {
         "it runs {} in training alone; no student has it": run_in_training_only(Reference.of(spec)),
+        "it runs {} in eval mode alone; students do so in training too": run_in_eval_only(Reference.of(spec)),
         "its own train() leaves {} in eval mode; here they train": kept_in_eval_mode(Reference.of(spec)),
         "{} get other gradients than in your module, whose forward detaches, writes into .data, turns "
         "gradients off or has an autograd.Function": with_other_gradients(spec),
@@ -37,26 +38,47 @@ def run_in_training_only(reference: Reference) -> list[str]:
 
     Functional dropout is none of them: it is kept (`keep_dropout`).
     """
+    ran = _ran(reference)
+    return ["what cannot be traced"] if ran is None else _places(ran[0] - ran[1])
+
+
+def run_in_eval_only(reference: Reference) -> list[str]:
+    """What the forward runs in eval mode, and nothing like it in training."""
+    ran = _ran(reference)
+    return (
+        [] if ran is None else [place for place in _places(ran[1] - ran[0]) if place not in _places(ran[0])]
+    )
+
+
+def _places(ran: Counter[tuple[str, str]]) -> list[str]:
+    return list(dict.fromkeys(place for place, _ in ran))
+
+
+def _ran(reference: Reference) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]] | None:
+    """In training and in eval mode: each operation by its place and what it is given but tensors."""
     trained = traced_in_training(reference)
     if trained is None:
-        return ["what cannot be traced"]
+        return None
     evaluated = NetworkTracer().trace(reference.build_meta().eval())
     is_kept = keep_dropout(evaluated, trained)
 
     def ran(graph: fx.Graph) -> Counter[tuple[str, str]]:
-        """Each operation by its place and what it is given but tensors."""
         return Counter(
             (place_of(node), repr(fx.node.map_arg((node.args, node.kwargs), lambda _: None)))
             for node in graph.nodes
             if node.op.startswith("call") and not (is_kept and is_dropout(node))
         )
 
-    return list(dict.fromkeys(place for place, _ in ran(trained) - ran(evaluated)))
+    return ran(trained), ran(evaluated)
 
 
 def kept_in_eval_mode(reference: Reference) -> list[str]:
     """The modules that the network's own `train` leaves in eval mode, such as frozen norms."""
-    network = reference.build_meta().train()
+    network = reference.build_meta()
+    try:
+        network.train()
+    except Exception:  # noqa: BLE001  # whatever its own train() raises
+        return []
     return [name for name, part in network.named_modules() if not part.training]
 
 
@@ -70,9 +92,10 @@ def with_other_gradients(spec: TracedSpec) -> list[str]:
     image = torch.randn(1, *spec.input_shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
     try:
         expected = _gradients(original.double(), image)
-    except RuntimeError:
+        gradients = _gradients(copied.double(), image)
+    except Exception:  # noqa: BLE001  # whatever the user's forward raises in float64
         return []
-    found = {original_name(name): value for name, value in _gradients(copied.double(), image).items()}
+    found = {original_name(name): value for name, value in gradients.items()}
     return [name for name in reversed(found) if not _near(expected.get(name), found[name])]
 
 

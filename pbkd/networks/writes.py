@@ -47,17 +47,10 @@ class _Memory:
 
 
 _ANSWERS = (
-    "gt_",
-    "ge_",
-    "lt_",
-    "le_",
-    "eq_",
-    "ne_",
-    "logical_not_",
-    "logical_and_",
-    "logical_or_",
-    "logical_xor_",
-)
+    "gt_", "ge_", "lt_", "le_", "eq_", "ne_",
+    "greater_", "greater_equal_", "less_", "less_equal_", "not_equal_",
+    "logical_not_", "logical_and_", "logical_or_", "logical_xor_",
+)  # fmt: skip
 """Methods that write ones and zeros of their tensor's type; their namesakes give booleans."""
 _NO_TENSOR = _Memory(-1, (), (), 0)
 
@@ -86,9 +79,15 @@ class _Recorder(fx.Interpreter):
         given = [(node, tensor) for node in _arguments(n) for tensor in _tensors(self.env.get(node))]
         before = [tensor._version for _, tensor in given]
         result = super().run_node(n)
+        changed: list[_Memory] = []
         for (node, tensor), version in zip(given, before, strict=True):
-            if tensor._version != version and node not in self.written.setdefault(n, []):
-                self.written[n].append(node)
+            memory = _Memory.of(tensor)
+            # Views of one tensor share its version; those beside what was written are as they were.
+            is_beside = any(memory.storage == other.storage and not memory.meets(other) for other in changed)
+            if tensor._version != version and not is_beside:
+                changed.append(memory)
+                if node not in self.written.setdefault(n, []):
+                    self.written[n].append(node)
         if len({tensor.dtype for _, tensor in given}) > 1:
             self.mixed.add(n)
         is_assignment = n.target is operator.setitem  # it gives None, and rewritten the tensor it changes
@@ -139,7 +138,8 @@ def without_writes(
         seen = [pair for memory in memories for pair in _seen_later(writer, memory, recorder, position)]
         same = [memory for _, memory in seen] + [m for other in others for m in recorder.memories[other]]
         is_one = len(memories) == 1 and all(memory == memories[0] for memory in same)
-        if given.op == "get_attr" or not is_one:
+        is_seen = not any(0 in memory.size for memory in memories)  # of one image, which may be too few
+        if given.op == "get_attr" or not is_one or not is_seen:
             raise _refused(arch, place_of(writer), given)
         if not _rewrite(module, writer, given, graph, writer in recorder.mixed) and seen:
             raise _refused(arch, place_of(writer), given)
@@ -182,7 +182,8 @@ def _refused(arch: str, place: str, given: fx.Node) -> UserError:
         )
     return UserError(
         f"network {arch}: '{place}' changes in place what is read again later in another way\n"
-        "let it give a new tensor instead, or keep all that uses this one within a module that stays whole"
+        "let it give a new tensor instead (y[i] = y[i] + x, not y[i] += x), or keep all that uses this one "
+        "within a module that stays whole"
     )
 
 
@@ -259,9 +260,20 @@ def on_a_copy(x: Tensor, method: str, *args: Any, **kwargs: Any) -> Tensor:
     return x
 
 
+_OPERATORS = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
+}
+
+
 def work_out_of_place(module: nn.Module, graph: fx.Graph) -> None:
-    """Turn off the flags `inplace` of the modules that a rewritten graph runs, not of those within them."""
+    """Turn off the flags `inplace` of the modules that a rewritten graph runs, not of those within them.
+
+    And let `n //= 2` of numbers give a new one: as code, a graph has one name for both.
+    """
     for node in graph.nodes:
+        if node.op == "call_function":
+            node.target = _OPERATORS.get(node.target, node.target)
         if node.op == "call_module":
             part = module.get_submodule(str(node.target))
             if getattr(part, "inplace", False) is True:

@@ -32,6 +32,9 @@ REFUSED = {
     "NumbersInForward": "register it as a buffer",
     "NamedAsTorchs": "'graph' is a name that torch.fx needs",
     "WritesOut": "'mul' changes in place what is read again later",
+    "WritesIntoLaterImages": "changes in place what is read again later",
+    "TrainsToNothing": "does not return the network",
+    "TrainsWithoutMode": "its own train.. or eval.. fails",
     "Lazy": "'fc.weight' has no size before a first batch",
     "HookedAsAWhole": "a hook on the whole of it",
     "HoldsALock": "its 'a.lock', a lock, cannot be copied",
@@ -41,7 +44,7 @@ REFUSED = {
 WHOLE = {
     "Chunked", "Buffers", "ParametrizedNorm", "PixelShuffled", "SpectralNorm", "WeightNorm",
     "WritesIntoHalvesApart", "Permuted", "HeldOutOfSight", "JoinedWithItself", "TiedWeights",
-    "OfSeveralTypes", "IntegerParameter",
+    "OfSeveralTypes", "IntegerParameter", "CountsInPlace", "Gates", "SingleAlone",
 }  # fmt: skip
 
 
@@ -181,6 +184,9 @@ def test_what_a_forward_does_in_training_alone_is_named() -> None:
         ("StraightThrough", ["'a.bias', 'a.weight', 'enter.1.bias', ... get other gradients"]),
         ("WithoutGradients", ["'a.bias', 'a.weight', 'enter.1.bias', ... get other gradients"]),
         ("InplaceMethod", []),
+        ("SingleAlone", []),
+        ("OnlyEvaluates", ["'what cannot be traced' in training alone"]),
+        ("ScalesInEvalAlone", ["'mul' in eval mode alone"]),
     ],
 )
 def test_how_a_network_trains_otherwise_than_its_copy_is_told(name: str, told: list[str]) -> None:

@@ -704,3 +704,100 @@ class FrozenNorms(Around):
         super().train(mode)
         self.enter[1].eval()
         return self
+
+
+@trap
+class CountsInPlace(Around):
+    """Numbers and tuples, whose name keeps what it was."""
+
+    def unit(self, x):
+        y = self.a(x)
+        n, channels, height, width = y.shape
+        half = channels
+        half //= 2
+        shape = (n, 2)
+        whole = shape
+        shape += (half, height, width)
+        y = y.reshape(shape).flip(1)
+        return self.b(y.reshape(whole[0], channels, height, width))
+
+
+@trap
+class Gates(Around):
+    def unit(self, x):
+        p, q = self.a(x).chunk(2, 1)
+        p *= q
+        return self.b(torch.cat([p, q], 1))
+
+
+@trap
+class ComparesByOtherNames(Around):
+    def unit(self, x):
+        y = self.a(x)
+        mask = x.clone()
+        mask.greater_(0.1)
+        other = x.clone()
+        other.less_equal_(0.2)
+        return self.b(y * mask + other)
+
+
+@trap
+class ExpandedParameter(Around):
+    def __init__(self):
+        super().__init__()
+        self.gains = nn.Parameter(torch.full((1, 1, 1, 1), 0.7).expand(1, 16, 1, 1))
+
+    def unit(self, x):
+        return self.b(self.a(x) * self.gains)
+
+
+@trap
+class WritesIntoLaterImages(Around):
+    def unit(self, x):
+        y = self.a(x)
+        y[8:].add_(1.0)
+        return self.b(y)
+
+
+@trap
+class TrainsToNothing(Around):
+    def train(self, mode=True):
+        super().train(mode)
+
+
+@trap
+class TrainsWithoutMode(Around):
+    def train(self):
+        return super().train()
+
+
+class _Single(nn.Conv2d):
+    def forward(self, x):
+        if x.dtype != torch.float32:
+            raise TypeError("float32, please")
+        return super().forward(x)
+
+
+@trap
+class SingleAlone(Around):
+    def __init__(self):
+        super().__init__()
+        self.a = _Single(16, 16, 3, padding=1)
+
+    def unit(self, x):
+        return self.b(self.a(x))
+
+
+@trap
+class OnlyEvaluates(Around):
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError("inference only")
+        return super().train(mode)
+
+
+@trap
+class ScalesInEvalAlone(Around):
+    def unit(self, x):
+        y = self.a(x)
+        return self.b(y if self.training else y * 0.8)
