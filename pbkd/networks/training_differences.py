@@ -27,8 +27,8 @@ def trained_otherwise(spec: TracedSpec) -> list[str]:
         "it runs {} in training alone; no student has it": run_in_training_only(Reference.of(spec)),
         "it runs {} in eval mode alone; students do so in training too": run_in_eval_only(Reference.of(spec)),
         "its own train() leaves {} in eval mode; here they train": kept_in_eval_mode(Reference.of(spec)),
-        "{} get other gradients than in your module, whose forward detaches, writes into .data, turns "
-        "gradients off or has an autograd.Function": with_other_gradients(spec),
+        "in eval mode {} get other gradients than in your module, whose forward detaches, writes into .data, "
+        "turns gradients off or has an autograd.Function": with_other_gradients(spec),
     }
     return [sentence.format(few(names)) for sentence, names in found.items() if names]
 
