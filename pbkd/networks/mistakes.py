@@ -69,6 +69,14 @@ def uncopied(module: nn.Module) -> str | None:
     return None
 
 
+def untraceable(error: Exception) -> str:
+    """The cure for what a forward raises when it is traced."""
+    made = [name for name in ("zeros", "ones", "empty", "full") if f"{name}()" in str(error)]
+    if made:
+        return f"make it of what the forward gets: x.new_{made[0]}(...) instead of torch.{made[0]}(...)"
+    return "put what depends on the values of tensors into a module of its own, which then stays whole"
+
+
 def transformer(module: nn.Module) -> str | None:
     """Of a network that cuts its image into patches and has no convolution behind them; None of any other."""
     layers = list(module.named_modules())
@@ -125,6 +133,11 @@ def failure(
         if wrong is None and node.op == "call_module" and given in shapes:
             wrong = _wrong_input(module.get_submodule(str(node.target)), shapes[given], image)
             wrong = wrong and f"'{node.target}' {wrong}"
+    if wrong is None and "meta" in reason.lower():  # where tensors have shapes, and no values
+        return (
+            f"'{place_of(node)}' depends on the values of tensors: {reason[:100]}\n"
+            "write it without (torch.where), or put it into a module of its own, of one tensor"
+        )
     return wrong or (
         f"fails at '{place_of(node)}' on an image of {_by(image)}: {reason}\n"
         f"it must take a batch of one: try it, in eval(), on torch.zeros(1, {', '.join(map(str, image))})"

@@ -139,7 +139,7 @@ def trace(reference: Reference) -> Trace:
         raise UserError(
             f"network {reference.arch}: {type(module).__name__}.forward cannot be traced: "
             f"{first_line(error)}\n"
-            "put what depends on the values of tensors into a module of its own, which then stays whole"
+            f"{mistakes.untraceable(error)}"
         ) from error
     _check_one_output(graph, reference.arch)
     check_names(graph, reference.arch)

@@ -35,6 +35,8 @@ REFUSED = {
     "WritesIntoLaterImages": "changes in place what is read again later",
     "TrainsToNothing": "does not return the network",
     "TrainsWithoutMode": "its own train.. or eval.. fails",
+    "MakesZeros": "x.new_zeros",
+    "AsksForValues": "depends on the values of tensors",
     "Lazy": "'fc.weight' has no size before a first batch",
     "HookedAsAWhole": "a hook on the whole of it",
     "HoldsALock": "its 'a.lock', a lock, cannot be copied",

@@ -801,3 +801,18 @@ class ScalesInEvalAlone(Around):
     def unit(self, x):
         y = self.a(x)
         return self.b(y if self.training else y * 0.8)
+
+
+@trap
+class MakesZeros(Around):
+    def unit(self, x):
+        return self.b(self.a(x) + torch.zeros(x.shape[0], 16, 8, 8))
+
+
+@trap
+class AsksForValues(Around):
+    def unit(self, x):
+        y = self.a(x)
+        mask = y < 0
+        y[mask] *= 0.1
+        return self.b(y)
