@@ -6,8 +6,6 @@ from typing import Any
 
 from ray.train.torch import TorchTrainer
 
-DATASETS = "DatasetsCallback"
-
 
 class Trainer(TorchTrainer):
     """One whose jobs start no process for datasets; of Ray Train V2, which is not typed."""
@@ -16,5 +14,5 @@ class Trainer(TorchTrainer):
         return [
             callback
             for callback in super()._create_default_callbacks()  # type: ignore[misc]
-            if type(callback).__name__ != DATASETS
+            if type(callback).__name__ != "DatasetsCallback"
         ]

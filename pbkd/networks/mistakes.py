@@ -73,7 +73,7 @@ def untraceable(error: Exception) -> str:
     """The cure for what a forward raises when it is traced."""
     made = [name for name in ("zeros", "ones", "empty", "full") if f"{name}()" in str(error)]
     if made:
-        return f"make it of what the forward gets: x.new_{made[0]}(...) instead of torch.{made[0]}(...)"
+        return f"write x.new_{made[0]}(...), of a tensor x of the forward, instead of torch.{made[0]}(...)"
     return "put what depends on the values of tensors into a module of its own, which then stays whole"
 
 

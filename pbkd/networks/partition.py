@@ -161,7 +161,7 @@ def _hold_state(module: nn.Module) -> None:
 
 
 def unshare(module: nn.Module) -> None:
-    """Give each element memory of its own, in place: those of what was expanded could not be loaded."""
+    """Copy expanded tensors, in place: their elements share memory, so no weights can be loaded into them."""
     for part in module.modules():
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
             if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):

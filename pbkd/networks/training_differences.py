@@ -85,7 +85,7 @@ def kept_in_eval_mode(reference: Reference) -> list[str]:
 def with_other_gradients(spec: TracedSpec) -> list[str]:
     """The tensors whose gradients in a copy are not those in the user's own module, the last first.
 
-    In eval mode, of one image of noise and a weighted sum of its logits; none of what cannot be trained.
+    Compared in eval mode, on one image of noise; empty for a module that cannot be trained.
     """
     copied = random_copy(spec)
     original = with_tensors_of(copied, spec)

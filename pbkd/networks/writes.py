@@ -193,7 +193,7 @@ def _rewrite(
     """Let `writer` give what it would have made of `given`; False if only its own result is that."""
     name = str(getattr(writer.target, "__name__", writer.target))
     is_operator = writer.target is getattr(operator, name, None)
-    keeps_type = of_several_types or name in _ANSWERS  # of what it changes, which its namesake may not
+    keeps_type = of_several_types or name in _ANSWERS  # in place, a tensor keeps it; the namesake may promote
     if writer.op == "call_module":
         if getattr(module.get_submodule(str(writer.target)), "inplace", False) is True:
             return True  # once the flag is off

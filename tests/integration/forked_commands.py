@@ -54,7 +54,7 @@ class ForkedCommand:
         return self.returncode
 
     def wait(self, timeout: float) -> int:
-        """The exit code; raises subprocess.TimeoutExpired after so many seconds."""
+        """The exit code; raises subprocess.TimeoutExpired if it still runs after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if (left := deadline - time.monotonic()) <= 0:
@@ -66,7 +66,7 @@ class ForkedCommand:
 @cache
 def _server() -> socket.socket:
     """The way to this process's server, which ends with it."""
-    from pipelines.cli import ENVIRONMENT  # the server itself is to import it anew for each command
+    from pipelines.cli import ENVIRONMENT  # not above: in the server, each command imports it for itself
 
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with its:

@@ -44,8 +44,9 @@ def bench(lab: SlurmLab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[B
         yield bench
 
 
+@pytest.mark.parametrize("last", ["stabilized", pytest.param("recovered", marks=pytest.mark.proof)])
 def test_two_nodes_train_as_two_processes_here_and_as_one_through_a_time_limit_and_nothing_is_left(
-    bench: Bench, tmp_path: Path
+    last: str, bench: Bench, tmp_path: Path
 ) -> None:
     """As one: with a network without BatchNorm, which on CPUs knows only its rank's share, or dropout."""
     images = save_folder(tmp_path / "images", train=16)  # a VGG halves its images five times
@@ -55,7 +56,7 @@ def test_two_nodes_train_as_two_processes_here_and_as_one_through_a_time_limit_a
         "data.augment=none", "data.val_fraction=0.125",
         "stages.teacher.steps=null", f"stages.teacher.epochs={EPOCHS}", "stages.teacher.optimizer={lr: 0.01}",
     ]  # fmt: skip
-    two = ["compute.workers=2", "compute.fuse=true", "--until", "stabilized"]
+    two = ["compute.workers=2", "compute.fuse=true", "--until", last]
     alone, together = tmp_path / "alone" / "steps", tmp_path / "together" / "steps"
     one_here, two_here = (
         run(
