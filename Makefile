@@ -75,8 +75,11 @@ $(STAMP): pyproject.toml constraints.txt
 	    exit 1
 	} }
 	echo "setup: installing pbkd and what it needs into .venv (about 2 GB; two to five minutes the first time)"
-	run install -c constraints.txt -e '.[dev]'
+	run install --upgrade pip
+	run install --no-compile -c constraints.txt -e '.[dev]'
 	run check
+	# Compiled by all processors, where pip would use one. Packages carry files that are not this Python; nobody imports them.
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 	echo "setup: done; start with .venv/bin/pbkd --help"
 
