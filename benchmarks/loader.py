@@ -243,7 +243,7 @@ def _ffcv(case: str, places: Places) -> Iterator[int]:
     normalize = import_torchvision().transforms.Normalize(mean, std)
     images = [*views, ToTensor(), ToTorchImage(), Convert(torch.float32), normalize]
     loader = Loader(
-        str(places.settings[case].beton_paths()[0]),
+        str(places.settings[case].beton_paths()["train"]),
         batch_size=BATCH[case],
         num_workers=WORKERS,
         order=OrderOption.RANDOM,

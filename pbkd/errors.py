@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A mistake of the user, in at most three lines: the place, what was found and expected, the cure."""
 
 
+class AbsentDataError(UserError):
+    """A data set that is not on this machine; what needs only its shape goes on without it."""
+
+
 class StageError(RuntimeError):
     """A stage could not be completed for a reason that is not the user's mistake."""
 

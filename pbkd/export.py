@@ -1,4 +1,4 @@
-"""A network as a file that other tools run: ONNX, pt2, safetensors; compared with the network itself.
+"""A network as a file that other tools run: ONNX, pt2, safetensors.
 
 Plain PyTorch, and ONNX where that is asked for (extra `export`).
 """
@@ -11,8 +11,7 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast
@@ -22,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pbkd.errors import StageError, UserError
-from pbkd.measure.modes import evaluating
+from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork, fold_norms, load_weights, read_spec
 from pbkd.networks.weights import empty
+from pbkd.preprocessing import Preprocessing
 from pbkd.weight_files import read_safetensors
 
 Format = Literal["onnx", "pt2", "safetensors"]
@@ -34,33 +33,6 @@ OPSET = 18
 """Of ONNX: what the exporter writes itself, without converting; ONNX Runtime runs it since 1.14 (2023)."""
 
 INPUT, OUTPUT = "images", "logits"
-TOLERANCE = {False: 1e-5, True: 5e-3}
-"""What logits may differ by, in fp32 and fp16, as a share of the largest, or of 10 if that is more."""
-OF_SPREAD = {False: 1e-4, True: 5e-3}
-"""And as a share of `Parity.spread`: of small logits the above would pass anything."""
-
-MULTIPLY_ACCUMULATES = 100e9
-FEWEST, MOST = 16, 1000
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How a file's logits compare with the network's, over `images` images.
-
-    Attributes:
-        max_abs_diff: the largest difference of a logit.
-        max_abs_logit: the largest logit of the network.
-        spread: how far apart the largest and the smallest logit of an image are, at most.
-        agreement: percent of images for which both say the same class.
-        tolerance: what `max_abs_diff` may be.
-    """
-
-    images: int
-    max_abs_diff: float
-    max_abs_logit: float
-    spread: float
-    agreement: float
-    tolerance: float
 
 
 def export(
@@ -71,12 +43,14 @@ def export(
     dynamic_batch: bool = False,
     fp16: bool = False,
     metadata: Mapping[str, str] | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> None:
     """Write `network` to the file `path`, in eval mode; the network itself is not changed.
 
     `onnx` and `pt2` take float32 images (N, C, H, W), normalized as in training, and give float32 logits
     (N, classes); N is 1, or anything with `dynamic_batch`. BatchNorm is folded into the convolution before
-    it. With `fp16` weights and arithmetic are half precision behind that interface. `safetensors` has the
+    it. With `fp16` weights and arithmetic are half precision behind that interface; with `preprocessing` it
+    takes uint8 pixels (N, H, W, C) of the network's size, and normalizes them. `safetensors` has the
     weights alone, BatchNorm unfolded, under the names of the network's tensors, and its architecture as
     `pbkd.spec` in the file's metadata.
 
@@ -90,6 +64,9 @@ def export(
     _fold(network)
     module: nn.Module = _HalfInside(network).eval() if fp16 else network
     images = torch.zeros(2 if dynamic_batch else 1, *network.spec.input_shape)
+    if preprocessing is not None:
+        module = _OfPixels(module, preprocessing).eval()
+        images = images.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
     if form == "onnx":
         _write_onnx(module, images, path, dynamic_batch, metadata or {}, network.spec.arch)
     else:
@@ -111,51 +88,6 @@ def open_exported(path: Path, form: Format, threads: int | None = None) -> nn.Mo
     return _read_safetensors(path)
 
 
-@torch.inference_mode()
-def compare(
-    network: nn.Module, exported: nn.Module, images: Iterable[Tensor], *, one_by_one: bool, fp16: bool
-) -> Parity:
-    """Compare logits on batches of `images` (N, C, H, W), which `exported` gets `one_by_one` if it must.
-
-    Raises:
-        StageError: they differ by more than `TOLERANCE` allows, or are not numbers.
-    """
-    count, agreeing, difference, largest, spread = 0, 0, 0.0, 0.0, 0.0
-    with evaluating(network):
-        for batch in images:
-            expected = network(batch)
-            parts = batch.split(1) if one_by_one else [batch]
-            found = torch.cat([exported(part) for part in parts])
-            # A maximum would pass NaN over where it is compared with a number.
-            difference = max(difference, float((found - expected).abs().nan_to_num(nan=torch.inf).max()))
-            largest = max(largest, float(expected.abs().max()))
-            spread = max(spread, float((expected.amax(1) - expected.amin(1)).max()))
-            agreeing += int((found.argmax(1) == expected.argmax(1)).sum())
-            count += len(batch)
-    if not count:
-        raise ValueError("nothing to compare: no image was given")
-    parity = Parity(
-        images=count,
-        max_abs_diff=difference,
-        max_abs_logit=largest,
-        spread=spread,
-        agreement=100 * agreeing / count,
-        tolerance=min(TOLERANCE[fp16] * max(10.0, largest), OF_SPREAD[fp16] * spread),
-    )
-    if difference > parity.tolerance:
-        cure = "; half precision is too coarse for it: export without fp16" if fp16 else ""
-        raise StageError(
-            f"the exported file does not compute what the network does: logits differ by {difference:.2g}, "
-            f"allowed are {parity.tolerance:.2g} over {count} images{cure}"
-        )
-    return parity
-
-
-def images_to_compare(macs: int) -> int:
-    """How many images make a comparison that takes seconds, for a network of so many multiply-accumulates."""
-    return max(FEWEST, min(MOST, int(MULTIPLY_ACCUMULATES // max(1, macs))))
-
-
 class _HalfInside(nn.Module):
     """Half precision behind an interface of float32."""
 
@@ -165,6 +97,44 @@ class _HalfInside(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.network(images.half()).float())
+
+
+class _OfPixels(nn.Module):
+    """A network behind an interface of pixels: uint8 (N, H, W, C)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.network = network
+        mean, std = (
+            torch.tensor(row, dtype=torch.float64).view(1, -1, 1, 1)
+            for row in (preprocessing.mean, preprocessing.std)
+        )
+        self.register_buffer("scale", (1 / (255 * std)).float())
+        self.register_buffer("shift", (-mean / std).float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.network(images.permute(0, 3, 1, 2).float() * self.scale + self.shift))
+
+
+class ByPixels(nn.Module):
+    """A file that takes pixels, called like the network: with normalized images (N, C, H, W)."""
+
+    def __init__(self, exported: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self._exported, self._preprocessing = exported, preprocessing
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self._exported(to_pixels(images, self._preprocessing)))
+
+
+def to_pixels(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pixels, uint8 (N, H, W, C), of normalized images (N, C, H, W)."""
+    mean, std = (torch.tensor(row).view(1, -1, 1, 1) for row in (preprocessing.mean, preprocessing.std))
+    pixels = (255 * (images * std + mean)).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1)
 
 
 class _OnnxFile(nn.Module):

@@ -52,6 +52,18 @@ def export(
     licence: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Licence of the data, for the model card.")
     ] = None,
+    with_preprocessing: Annotated[
+        bool,
+        typer.Option(
+            "--with-preprocessing", help="Take uint8 pixels (N, H, W, C), and normalize them inside."
+        ),
+    ] = False,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="What logits may differ by; without it, what float32 rounds by.", show_default=False
+        ),
+    ] = None,
     store: StoreOption = DEFAULT_STORE,
     allow_import: AllowImport = False,
     json_: Machine = False,
@@ -64,14 +76,15 @@ def export(
     from pipelines.exported import Wishes, export_artifact
     from pipelines.store import Store
 
-    wishes = Wishes(form.value, dynamic_batch, fp16, without_data, licence)
+    wishes = Wishes(form.value, dynamic_batch, fp16, without_data, licence, with_preprocessing, tolerance)
     facts = export_artifact(Store.existing(store), reference, overrides or [], wishes, out)
     if json_:
         typer.echo(json.dumps(facts))
         return
     typer.echo(f"file     {facts['path']} ({facts['bytes'] / 1e6:.2f} MB)")
     typer.echo(
-        f"parity   logits differ by at most {facts['max_abs_diff']:.2g} (allowed {facts['tolerance']:.2g}); "
+        f"parity   logits differ by at most {facts['max_abs_diff']:.2g} (allowed {facts['tolerance']:.2g}, "
+        f"its own rounding {facts['rounding']:.2g}); "
         f"{facts['agreement']:.2f} % of {facts['images']} {facts['compared_on']} get the same class"
     )
     if (latency := facts["latency_ms"]) is not None:

@@ -15,14 +15,18 @@ from torch import Tensor, nn
 
 from pbkd import artifact
 from pbkd.data import DataSettings, data_digest, open_data
-from pbkd.data.folder import list_classes
+from pbkd.data.datasets import CLASSES
+from pbkd.data.folder import list_names
 from pbkd.errors import UserError
-from pbkd.export import INPUT, OPSET, Format, compare, export, images_to_compare, open_exported
+from pbkd.export import INPUT, OPSET, ByPixels, Format, export, open_exported, to_pixels
 from pbkd.measure import measure_latency
 from pbkd.networks import BlockNetwork
+from pbkd.parity import compare, images_to_compare
+from pbkd.preprocessing import Preprocessing
+from pbkd.storage import user_cache
 from pipelines.lineage import chain, pipeline_of
-from pipelines.manifest import Manifest
-from pipelines.mlflow_model import make_servable, serve_command
+from pipelines.manifest import Interface, Manifest
+from pipelines.mlflow_model import serve_command, write_model
 from pipelines.model_card import model_card
 from pipelines.recipe_file import load_recipe
 from pipelines.store import Store
@@ -45,6 +49,8 @@ class Wishes:
     fp16: bool = False
     without_data: bool = False
     licence: str | None = None
+    with_preprocessing: bool = False
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,19 +86,21 @@ def export_artifact(
             network cannot be written in that format.
         StageError: the file does not compute what the network does.
     """
+    if wishes.form == "safetensors" and wishes.with_preprocessing:
+        raise UserError("--with-preprocessing: safetensors has weights alone; leave one of them out")
     origin = _provenance(store, reference, overrides)
     folder = (out or Path("exports") / _name(origin, wishes)).absolute()
     if folder.exists() and not (folder / RECORD).is_file():
         raise UserError(f"{folder}: is there, and no export of pbkd's; choose another folder with --out")
     network = artifact.load(store.artifact(origin.manifest.artifact))
-    images = _noise(network) if wishes.without_data else _test_images(store, origin)
+    images = _noise(network, origin) if wishes.without_data else _test_images(store, origin)
     scratch = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
     try:
         scratch.mkdir(parents=True)
         facts = _write(network, images, origin, wishes, scratch)
-        facts = {"path": str(folder / facts["file"]), "card": str(folder / CARD)} | facts
-        facts["serve"] = serve_command(folder) if wishes.form == "onnx" else None
         (scratch / RECORD).write_text(json.dumps(facts, indent=1) + "\n")
+        served = serve_command(folder) if (scratch / "MLmodel").is_file() else None
+        facts |= {"path": str(folder / facts["file"]), "card": str(folder / CARD), "serve": served}
         (scratch / CARD).write_text(model_card(facts, origin.manifest, origin.teacher, origin.rows))
         if folder.exists():
             folder.rename(scratch / "before")
@@ -132,15 +140,40 @@ def _write(
     """Write the file, and what MLflow needs beside it; compare and time what was written."""
     form, manifest = wishes.form, origin.manifest
     file = folder / f"model.{form}"
-    interface = _interface(network, origin.data)
-    about = {"pbkd.artifact": manifest.artifact, "pbkd.interface": json.dumps(interface)}
-    export(network, file, form, dynamic_batch=wishes.dynamic_batch, fp16=wishes.fp16, metadata=about)
-    if form == "onnx":
-        make_servable(file, images[:1], network.spec.num_classes, wishes.dynamic_batch)
+    interface = manifest.interface or _interface(origin.data)
+    if interface is None and wishes.with_preprocessing:
+        raise UserError(
+            "--with-preprocessing: how this network sees images is not on record: its store has no recipe\n"
+            "cure: export without it"
+        )
+    described = _described(network, interface, wishes)
+    seen = interface.preprocessing if interface is not None and wishes.with_preprocessing else None
+    about = {"pbkd.artifact": manifest.artifact, "pbkd.interface": json.dumps(described)}
+    export(
+        network,
+        file,
+        form,
+        dynamic_batch=wishes.dynamic_batch,
+        fp16=wishes.fp16,
+        metadata=about,
+        preprocessing=seen,
+    )
+    if form == "onnx" and interface is not None:
+        served = described | {"dynamic_batch": wishes.dynamic_batch, "outputs": network.spec.num_classes}
+        pixels = to_pixels(images[:1], interface.preprocessing).numpy()
+        write_model(folder, served, ["onnxruntime"], pixels=pixels)
     threads = int(manifest.compute.get("threads") or torch.get_num_threads())
     exported = open_exported(file, form)
+    exported = exported if seen is None else ByPixels(exported, seen)
     takes_one = not wishes.dynamic_batch and form != "safetensors"
-    parity = compare(network, exported, images.split(BATCH), one_by_one=takes_one, fp16=wishes.fp16)
+    parity = compare(
+        network,
+        exported,
+        images.split(BATCH),
+        one_by_one=takes_one,
+        fp16=wishes.fp16,
+        tolerance=wishes.tolerance,
+    )
     return {
         "file": file.name,
         "format": form,
@@ -149,12 +182,12 @@ def _write(
         "compared_on": "images of noise" if wishes.without_data else "test images",
         "latency_ms": None
         if form == "safetensors"
-        else _latencies(network, open_exported(file, form, threads), threads),
+        else _latencies(network, open_exported(file, form, threads), seen, threads),
         "threads": threads,
         "opset": OPSET if form == "onnx" else None,
         "fp16": wishes.fp16,
         "dynamic_batch": wishes.dynamic_batch,
-        **interface,
+        **described,
         "arch": network.spec.arch,
         "recipe": origin.recipe,
         "stage": origin.rows[0]["stage"],
@@ -166,18 +199,29 @@ def _write(
     }
 
 
-def _interface(network: BlockNetwork, data: DataSettings | None) -> dict[str, Any]:
-    """What somebody who has but the file must know to use it."""
-    found: dict[str, Any] = {"input": INPUT, "input_shape": list(network.spec.input_shape)}
+def _interface(data: DataSettings | None) -> Interface | None:
+    """How a network sees images, by its recipe: manifests from before it was kept do not say."""
     if data is None:
-        return found | {"mean": None, "std": None, "classes": None}
-    info = data.describe()
-    classes = list_classes(data.data_root() / "train") if data.name == "folder" and _is_here(data) else None
-    return found | {"mean": list(info.mean), "std": list(info.std), "classes": classes}
+        return None
+    try:
+        classes = (
+            list_names(data.data_root(), data.splits.train) if data.name == "folder" else CLASSES[data.name]
+        )
+    except UserError:  # they are not here
+        classes = ()
+    return Interface(preprocessing=data.preprocessing(), classes=classes)
 
 
-def _is_here(data: DataSettings) -> bool:
-    return (data.data_root() / "train").is_dir()
+def _described(network: BlockNetwork, interface: Interface | None, wishes: Wishes) -> dict[str, Any]:
+    """What somebody who has but the file must know to use it."""
+    shape = list(network.spec.input_shape)
+    return {
+        "input": INPUT,
+        "input_shape": [*shape[1:], shape[0]] if wishes.with_preprocessing else shape,
+        "input_type": "uint8" if wishes.with_preprocessing else "float32",
+        "preprocessing": None if interface is None else interface.preprocessing.model_dump(mode="json"),
+        "classes": list(interface.classes) if interface is not None and interface.classes else None,
+    }
 
 
 def _test_images(store: Store, origin: Provenance) -> Tensor:
@@ -192,7 +236,7 @@ def _test_images(store: Store, origin: Provenance) -> Tensor:
             "use the store it was run in (--store DIR), or compare on noise: --without-data"
         )
     try:
-        digest = data_digest(origin.data, store.root / "cache")
+        digest = data_digest(origin.data, user_cache())
     except UserError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the test images to compare on are not at hand: {reason}\n{cure}") from error
@@ -203,7 +247,7 @@ def _test_images(store: Store, origin: Provenance) -> Tensor:
         )
     count = images_to_compare(int(manifest.metrics.get("macs") or 0))
     settings = origin.data.model_copy(update={"limit": min(count, origin.data.limit or count)})
-    data = open_data(settings, digest, store.root / "cache")
+    data = open_data(settings, digest, user_cache())
     reader = data.reader("test", BATCH, seed=0)
     try:
         return torch.cat([images for images, _ in reader])
@@ -211,12 +255,22 @@ def _test_images(store: Store, origin: Provenance) -> Tensor:
         reader.close()
 
 
-def _noise(network: BlockNetwork) -> Tensor:
-    return torch.randn(BATCH, *network.spec.input_shape, generator=torch.Generator().manual_seed(0))
+def _noise(network: BlockNetwork, origin: Provenance) -> Tensor:
+    """Images of random pixels, normalized."""
+    random = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (BATCH, *network.spec.input_shape), generator=random) / 255
+    interface = origin.manifest.interface or _interface(origin.data)
+    if interface is None:
+        return (pixels - 0.5) / 0.25
+    seen = interface.preprocessing
+    mean, std = (torch.tensor(row).view(1, -1, 1, 1) for row in (seen.mean, seen.std))
+    return (pixels - mean) / std
 
 
-def _latencies(network: BlockNetwork, exported: nn.Module, threads: int) -> dict[str, float]:
+def _latencies(
+    network: BlockNetwork, exported: nn.Module, seen: Preprocessing | None, threads: int
+) -> dict[str, float]:
     """Medians of one image at a time."""
     shape = network.spec.input_shape
-    timed = {"file": exported, "pytorch": network}
+    timed = {"file": exported if seen is None else ByPixels(exported, seen), "pytorch": network}
     return {by: measure_latency(module, shape, threads=threads).median_ms for by, module in timed.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pbkd import artifact
-from pbkd.data import READER_VERSION, DataInfo, DataSettings, data_digest, resolve_loader
+from pbkd.data import READER_VERSION, DataInfo, DataSettings, Identity, look_at
 from pbkd.engine import ENGINE_VERSION
 from pbkd.errors import UserError
 from pbkd.measure import Cost
@@ -64,7 +64,7 @@ class Node:
 class Graph:
     """All stages of a recipe, each after those it depends on.
 
-    `data` are the recipe's, with `loader` as it is taken here. `data_digest` is None, and `missing_data` the
+    `data` are the recipe's, with `loader` as it is taken here. `identity` is None, and `missing_data` the
     user's message, where the data, or betons that are asked for, are not.
     """
 
@@ -75,8 +75,13 @@ class Graph:
     teacher: str
     student: str
     baselines: tuple[str, ...]
-    data_digest: str | None
+    identity: Identity | None
     missing_data: str | None
+
+    @property
+    def data_digest(self) -> str | None:
+        """The digest of the data that the keys are made with."""
+        return None if self.identity is None else self.identity.digest
 
     def key_inputs(self, node: Node) -> list[Input]:
         """The inputs of `node` by key."""
@@ -113,20 +118,21 @@ class Graph:
         return {self.teacher: "teacher", self.student: "student"}.get(name, "stage")
 
 
-def build_graph(recipe: Recipe, store: Store | None, cache: Path) -> Graph:
+def build_graph(recipe: Recipe, store: Store | None, cache: Path, identity: Identity | None = None) -> Graph:
     """Resolve every `from` and `teacher`, expand progressive stages, plan architectures, compute keys.
 
     Args:
         recipe: as written; `smoke` is applied here.
         store: where finished stages are looked up for architectures that cannot be planned.
         cache: folder for digests of data.
+        identity: of data that were looked at before, which are not again if they are the recipe's.
 
     Raises:
         UserError: a stage that does not exist, a cycle, settings that do not fit the architecture.
     """
     recipe = recipe.shrunk()
     links = _links(recipe)
-    builder = _Builder(recipe, store, cache)
+    builder = _Builder(recipe, store, cache, identity)
     for name in _order(recipe, links):
         builder.add(name, links[name])
     return Graph(
@@ -137,7 +143,7 @@ def build_graph(recipe: Recipe, store: Store | None, cache: Path) -> Graph:
         teacher=builder.node("teacher", recipe.teacher).name,
         student=builder.node("student", recipe.student).name,
         baselines=tuple(builder.node("baselines", name).name for name in recipe.baselines),
-        data_digest=builder.digest,
+        identity=builder.identity,
         missing_data=builder.missing_data,
     )
 
@@ -230,21 +236,13 @@ class _Builder:
     Attributes:
         data: the recipe's, with `loader` resolved.
         info: the data's.
-        digest, missing_data: of the data, or why there is none.
+        identity, missing_data: of the data, or why there is none.
         nodes: so far.
     """
 
-    def __init__(self, recipe: Recipe, store: Store | None, cache: Path) -> None:
-        self.data = recipe.data
-        self.info = recipe.data.describe()
-        self.digest: str | None = None
-        self.missing_data: str | None = None
-        try:
-            digest = data_digest(recipe.data, cache)
-            self.data = resolve_loader(recipe.data, digest)
-            self.digest = digest
-        except UserError as error:
-            self.missing_data = str(error)
+    def __init__(self, recipe: Recipe, store: Store | None, cache: Path, known: Identity | None) -> None:
+        self.data, self.identity, self.missing_data = look_at(recipe.data, cache, known)
+        self.info = recipe.data.describe(None if self.identity is None else len(self.identity.classes))
         self.nodes: dict[str, Node] = {}
         self._recipe, self._store = recipe, store
         self._last: dict[
@@ -319,7 +317,7 @@ class _Builder:
 
     def _key(self, stage: Stage, inputs: Mapping[str, Node], seed: int) -> tuple[str | None, str | None]:
         """The key, or None and the reason."""
-        if self.digest is None:
+        if self.identity is None:
             return None, "; ".join((self.missing_data or "").splitlines())
         for given in inputs.values():
             if given.key is None:
@@ -328,7 +326,8 @@ class _Builder:
             semantic = stage.semantic()
         except UserError as error:
             return None, str(error)
-        return stage_key(stage, semantic, inputs, self.data, self._recipe.compute, self.digest, seed), None
+        digest = self.identity.digest
+        return stage_key(stage, semantic, inputs, self.data, self._recipe.compute, digest, seed), None
 
     def _spec(self, name: str, stage: Stage, inputs: Mapping[str, Node]) -> tuple[AnySpec | None, str | None]:
         """The architecture, or None and the reason."""

@@ -45,6 +45,12 @@ def init(
     image_size: Annotated[
         int | None, typer.Option(min=8, help="Height and width of a folder's images; default 224.")
     ] = None,
+    accuracy: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=100, help="What your weights reach on these test images, in percent: it is compared."
+        ),
+    ] = None,
     root: Annotated[Path, typer.Option(metavar="FOLDER", help="Where a CIFAR lies.")] = Path("data"),
     epochs: Annotated[int, typer.Option(min=1, help="Of distillation, the longest stage.")] = 20,
     out: Annotated[
@@ -65,6 +71,8 @@ def init(
         raise UserError("--pretrained: --weights gives the network's weights already; leave one of them out")
     if weights is not None and not weights.is_file() and "::" not in str(weights):
         raise UserError(f"--weights {weights}: no such file; give one, absolute or relative to here")
+    if accuracy is not None and weights is None and not pretrained:
+        raise UserError("--accuracy: of which weights? add --weights FILE or --pretrained")
     place = _place(data, root)
     name = "_".join(
         re.sub(r"\W+", "_", part).strip("_").lower() for part in (re.split("[/:]", arch)[-1], Path(data).name)
@@ -74,9 +82,9 @@ def init(
         raise UserError(f"{path}: is there already; remove it, or name another file with --out")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}; make it, or name another file with --out")
-    settings = _data_settings(data, place, image_size)
-    text = _render(path, name, arch, settings, place, weights, pretrained, epochs)
-    notes = _try_out(text, weights)
+    settings, why = _data_settings(data, place, arch, image_size, pretrained)
+    text = _render(path, name, arch, settings, why, place, weights, pretrained, epochs)
+    notes = _try_out(text, weights, accuracy)
     path.write_text(text, encoding="utf-8")
     for note in notes:
         typer.echo(f"note: {note}", err=True)
@@ -98,15 +106,22 @@ def _place(data: str, root: Path) -> Path | None:
     return Path(data)
 
 
-def _data_settings(data: str, place: Path | None, image_size: int | None) -> DataSettings:
+def _data_settings(
+    data: str, place: Path | None, arch: str, image_size: int | None, pretrained: bool
+) -> tuple[DataSettings, str]:
+    """The settings, and where their way of seeing images comes from."""
     from pydantic import ValidationError
 
     from pbkd.data import DataSettings
     from pbkd.errors import UserError
+    from pipelines.images_seen import settings_for
 
-    name: Any = data if data in KNOWN_DATA else "folder"
+    name: Any = data
     try:
-        return DataSettings(name=name, root=place, image_size=image_size)
+        if data in KNOWN_DATA:
+            return DataSettings(name=name, root=place, image_size=image_size), "the data set's usual"
+        assert place is not None, "a folder is a place"
+        return settings_for(place, arch, image_size, pretrained)
     except ValidationError as error:
         raise UserError(f"--data {data}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
@@ -116,6 +131,7 @@ def _render(
     name: str,
     arch: str,
     settings: DataSettings,
+    why: str,
     place: Path | None,
     weights: Path | None,
     pretrained: bool,
@@ -140,11 +156,14 @@ def _render(
         arch=arch,
         data=settings.name,
         root=None if place is None else str(place),
+        splits={name: place for name, place in settings.splits if place is not None},
+        usual_splits=settings.splits == type(settings.splits)(),
+        seen=settings.preprocessing(),
+        augment=settings.augmentation,
+        why=why,
         channels=info.input_shape[0],
         side=info.input_shape[1],
         classes=info.num_classes,
-        mean=list(info.mean),
-        std=list(info.std),
         batch_size=32 if info.input_shape[1] >= LARGE_SIDE else 64,
         weights=None if weights is None else str(weights),
         pretrained=pretrained,
@@ -155,38 +174,46 @@ def _render(
     )
 
 
-def _try_out(text: str, weights: Path | None) -> list[str]:
-    """Plan the recipe, load the weights, and compare the network with the user's own.
+def _try_out(text: str, weights: Path | None, accuracy: float | None) -> list[str]:
+    """Plan the recipe, load the weights, and compare the network with the user's own, and their `accuracy`.
 
     Returns how it trains otherwise than a copy. Raises UserError for whatever does not fit.
     """
     from pbkd.networks import TracedSpec, load_weights
+    from pbkd.networks.builders import pretrained_tensors
     from pbkd.networks.equality import require_equal, require_exact
     from pbkd.networks.training_differences import trained_otherwise
     from pbkd.networks.weights import empty
+    from pbkd.storage import user_cache
     from pbkd.weight_files import read_tensors
     from pipelines.graph import build_graph
+    from pipelines.images_seen import compare_accuracy
     from pipelines.recipe_file import load_recipe
 
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "recipe.yaml"
         file.write_text(text, encoding="utf-8")
         recipe = load_recipe(file)
-        graph = build_graph(recipe, None, Path(scratch))
+        graph = build_graph(recipe, None, user_cache())
     spec = graph.nodes[graph.teacher].spec
-    if not isinstance(spec, TracedSpec):
-        if weights is not None and spec is not None:
-            network = empty(spec)
-            load_weights(network, read_tensors(weights, network), str(weights))
-        return []
-    images = _some_images(recipe.data)
-    if weights is None:
-        require_exact(spec, images)
-    else:
+    network, unused = None, None
+    if weights is not None and spec is not None:
         network = empty(spec)
         unused = load_weights(network, read_tensors(weights, network), str(weights))
-        require_equal(network, spec, images, unused)
-    return trained_otherwise(spec)
+    elif accuracy is not None and spec is not None:
+        network = empty(spec)
+        load_weights(network, pretrained_tensors(spec.arch), spec.arch)
+    notes = []
+    if isinstance(spec, TracedSpec):
+        images = _some_images(recipe.data)
+        if network is None or weights is None:
+            require_exact(spec, images)
+        else:
+            require_equal(network, spec, images, unused)
+        notes = trained_otherwise(spec)
+    if accuracy is not None and network is not None:
+        notes.append(compare_accuracy(network, recipe.data, accuracy))
+    return notes
 
 
 def _some_images(settings: DataSettings) -> Tensor | None:

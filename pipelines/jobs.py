@@ -24,12 +24,12 @@ from pbkd.engine import LocalSession, Precision, Stopped, keep_freed_memory
 from pbkd.errors import StageError, UserError
 from pbkd.networks import BlockNetwork
 from pbkd.stages import Context, Stage, StageResult, run_stage
-from pbkd.storage import Storage
+from pbkd.storage import Storage, user_cache
 from pipelines.exhaustion import exhaustion
 from pipelines.guard import Guard
 from pipelines.journal import Journal
 from pipelines.lease import Fenced, Lease
-from pipelines.manifest import Input, Manifest
+from pipelines.manifest import Input, Interface, Manifest
 from pipelines.recipe import Compute
 from pipelines.store import Store
 
@@ -88,7 +88,7 @@ def carry_out(job: Job, rank: int = 0, world: int | None = None) -> None:
             return  # an earlier attempt, or another rank in it, gave up
         try:
             with Guard(item.lease, compute.watchdog_seconds) as guard, _warnings_to(work, rank):
-                data = data or open_data(job.data, job.data_digest, store.root / "cache")
+                data = data or open_data(job.data, job.data_digest, user_cache())
                 _carry_out(store, job, item, data, rank, world, guard)
             _barrier(world)
         except (Fenced, Stopped) as error:
@@ -124,7 +124,7 @@ def _carry_out(
     precision = Precision(precision=compute.precision, channels_last=compute.channels_last)
     result = run_stage(item.stage, Context(session, inputs, data, item.seed, precision))
     if rank == 0:
-        _publish(store, job, item, result, time.monotonic() - started)
+        _publish(store, job, item, result, data, time.monotonic() - started)
 
 
 @contextmanager
@@ -202,7 +202,7 @@ def _read(folder: Path, digest: str) -> BlockNetwork:
     return artifact.load(folder)
 
 
-def _publish(store: Store, job: Job, item: StageJob, result: StageResult, seconds: float) -> None:
+def _publish(store: Store, job: Job, item: StageJob, result: StageResult, data: Data, seconds: float) -> None:
     folder = store.scratch()
     saved = artifact.save(result.network, folder)
     store.add_artifact(folder, saved.digest)
@@ -230,6 +230,7 @@ def _publish(store: Store, job: Job, item: StageJob, result: StageResult, second
         machine=machine(_device(job.compute)),
         git=_commit(),
         created=time.time(),
+        interface=Interface(preprocessing=data.settings.preprocessing(), classes=data.classes),
     )
     store.publish(manifest, item.lease)
     store.remove_work(item.key)

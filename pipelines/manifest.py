@@ -4,12 +4,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from pbkd.preprocessing import Preprocessing
 from pipelines.lease import hex_name
 
 Hex = Annotated[str, AfterValidator(hex_name)]
 """A stage key or digest: as the name of a file it stays in its folder."""
 
 Number = float | int | None
+
+
+class Interface(BaseModel):
+    """What somebody must know to use a network: how it sees an image, and what its logits stand for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
 
 
 class Input(BaseModel):
@@ -22,7 +32,10 @@ class Input(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The record of a finished stage: what went in, what came out. Published once, never changed."""
+    """The record of a finished stage: what went in, what came out. Published once, never changed.
+
+    interface: of the network; None in manifests from before it was kept.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,3 +56,4 @@ class Manifest(BaseModel):
     machine: dict[str, Any]
     git: str | None
     created: float
+    interface: Interface | None = None

@@ -51,6 +51,8 @@ def model_card(
         facts=facts,
         fewer=manifest.metrics.get("macs_ratio") or 1.0,
         shape=(1, *facts["input_shape"]),
+        seen=facts["preprocessing"],
+        filter=(facts["preprocessing"] or {}).get("interpolation", "").upper(),
         networks=list(networks),
         table=table,
         data_digest=manifest.data_digest,

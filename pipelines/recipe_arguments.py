@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,11 +25,11 @@ Until = Annotated[
 def graph_of(path: Path, recipe: Recipe, store: Store | None, until: str | None = None) -> Graph:
     """The recipe's stages; names its file in what is wrong with them. Without a store, nothing is kept."""
     from pbkd.errors import UserError
+    from pbkd.storage import user_cache
     from pipelines.graph import build_graph
 
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            graph = build_graph(recipe, store, store.root / "cache" if store else Path(cache))
-            return graph if until is None else graph.until(until.split(","))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+    try:
+        graph = build_graph(recipe, store, user_cache())
+        return graph if until is None else graph.until(until.split(","))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -2,13 +2,15 @@
 
 import logging
 import math
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pbkd import artifact
 from pbkd.errors import UserError
 from pipelines.manifest import Manifest
-from pipelines.model_files import write_model_files
+from pipelines.mlflow_model import write_model
 from pipelines.quantities import human
 from pipelines.store import Store
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHAMPION = "champion"
+INPUT = "images"
 
 
 def register(
@@ -54,8 +57,7 @@ def register(
     }
     version = versions.get(manifest.artifact)
     if version is None:
-        _add_example(client, store, manifest, run_id, model_id)
-        # The artifact lies in the store, which a server may not see: the logged model stands for it.
+        _add_files(client, store, manifest, run_id, model_id)
         version = client.create_model_version(
             recipe,
             source=client.get_logged_model(model_id).artifact_location,
@@ -93,16 +95,26 @@ def _description(manifest: Manifest, stage: str, role: str) -> str:
     )
 
 
-def _add_example(
-    client: "MlflowClient", store: Store, manifest: Manifest, run_id: str, model_id: str
-) -> None:
-    """Give the logged model a signature and an input example."""
-    with tempfile.TemporaryDirectory() as folder:
+def _add_files(client: "MlflowClient", store: Store, manifest: Manifest, run_id: str, model_id: str) -> None:
+    """Give the logged model what it takes to answer anywhere: a copy of the artifact, and MLflow's files."""
+    if manifest.interface is None:
+        log.warning(
+            "%s cannot be served by its name: it was made before its preprocessing was kept; pbkd export it",
+            manifest.artifact[:12],
+        )
+        return
+    with tempfile.TemporaryDirectory() as scratch:
         try:
-            write_model_files(Path(folder), store.artifact(manifest.artifact), model_id, run_id)
-            client.log_model_artifacts(model_id, folder)
+            folder, path = Path(scratch), store.artifact(manifest.artifact)
+            outputs = artifact.read(path).spec.num_classes
+            shutil.copytree(path, folder / "artifact")
+            described = manifest.interface.model_dump(mode="json") | {
+                "input": INPUT, "input_type": "float32", "dynamic_batch": True, "outputs": outputs,
+            }  # fmt: skip
+            write_model(folder, described, ["pbkd", "torch"], model_id, run_id)
+            client.log_model_artifacts(model_id, scratch)
         except (UserError, PermissionError) as error:  # the artifact is gone, or the server's place not ours
-            log.warning("no input example for %s in MLflow: %s", manifest.artifact[:12], error)
+            log.warning("no files for %s in MLflow: %s", manifest.artifact[:12], error)
 
 
 def _tags(manifest: Manifest, role: str) -> dict[str, str]:

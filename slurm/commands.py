@@ -275,19 +275,17 @@ def _values(sweep: str | None) -> tuple[str, list[str]]:
 
 def _recipe_name(recipe: Path, overrides: list[str], until: str | None) -> str:
     """The recipe's name; its mistakes are told here, not by a job that waited for hours."""
-    import tempfile
-
     from pbkd.errors import UserError
+    from pbkd.storage import user_cache
     from pipelines.graph import build_graph
     from pipelines.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, overrides)
     loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"download": False})})
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            graph = build_graph(loaded, None, Path(cache))
-            if until is not None:
-                graph.until(until.split(","))
-        except UserError as error:
-            raise UserError(f"{recipe}: {error}") from error
+    try:
+        graph = build_graph(loaded, None, user_cache())
+        if until is not None:
+            graph.until(until.split(","))
+    except UserError as error:
+        raise UserError(f"{recipe}: {error}") from error
     return loaded.name

@@ -3,8 +3,10 @@
 `PBKD_REQUIRE=ffcv,slurm,browser,mount,data`, or some of these, makes failures of such skips.
 """
 
+import atexit
 import os
 import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +18,11 @@ if TYPE_CHECKING:
     from tests.integration.ray_cluster import Cluster
     from tests.reference_stores import Demo
 
-os.environ.pop("MLFLOW_TRACKING_URI", None)  # a developer's own MLflow is not to have what tests write
+# A developer's own MLflow and caches are not to have what tests write.
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which has its parent's
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pbkd-cache-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 LACKS = {
     "ffcv": "FFCV is not installed: make ffcv",

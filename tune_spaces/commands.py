@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,13 +92,12 @@ def tune(
     console = Console(stderr=True)
     quiet = redirect_stdout(sys.stderr)
     try:
-        with stopping(), tempfile.TemporaryDirectory() as cache, quiet, LogLines(console):
+        with stopping(), quiet, LogLines(console):
             loaded = load_recipe(recipe, overrides or [])
             opened = Store(store) if Store.exists(store) else None  # a report of a search is written into it
             options = Options(name or "", trials, sampler, seed, max_concurrent, early_stop)
             limits = (objective, max_macs, max_latency)
-            place = opened.root / "cache" if opened else Path(cache)
-            asked = _asked(recipe, loaded, space, limits, options, opened, place)
+            asked = _asked(recipe, loaded, space, limits, options, opened)
             require_keys(asked.subject.graph)
             if report and opened is None:
                 raise UserError(
@@ -157,8 +155,7 @@ def check(words: Sequence[str], store: str) -> str:
     options = Options(typed["name"] or "", **{name: typed[name] for name in drawing})
     limits = (typed["objective"], typed["max_macs"], typed["max_latency"])
     opened = Store(store, writable=False) if Store.exists(store) else None
-    with tempfile.TemporaryDirectory() as cache:
-        return _asked(recipe, loaded, typed["space"], limits, options, opened, Path(cache)).options.name
+    return _asked(recipe, loaded, typed["space"], limits, options, opened).options.name
 
 
 def _asked(
@@ -168,16 +165,16 @@ def _asked(
     limits: tuple[str | None, float | None, float | None],
     options: Options,
     store: Store | None,
-    cache: Path,
 ) -> _Asked:
     """See whether it can be searched, as far as one can know before. Raises UserError if it can not."""
     from pbkd.errors import UserError
+    from pbkd.storage import user_cache
     from pipelines.store import place
     from tune_spaces.objective import objective_of
     from tune_spaces.space import open_space
     from tune_spaces.subject import Subject
 
-    subject = Subject.of(path, recipe, store, cache)
+    subject = Subject.of(path, recipe, store, user_cache())
     searched = open_space(space, subject)
     objective = objective_of(subject, *limits)
     options = replace(options, name=options.name or f"{recipe.name}-{searched.name}")

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -218,10 +218,13 @@ class Search:
         """What hands the trials to Ray Tune."""
         from tune_spaces.searcher import RecordingSearcher
 
+        identity = self.subject.graph.identity
+        assert identity is not None, "its keys were required"
         config = {
             "store": self._store.location,
             "search": self.record.name,
             "touched": self.space.touches(self.subject),
+            "identity": asdict(identity),
             "objective": self.objective.model_dump(mode="json"),
         }
         return RecordingSearcher(self.record, trials, self._store, config, self._begun, self._ended)

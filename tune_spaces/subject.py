@@ -100,7 +100,7 @@ class Subject:
         overrides = self.overrides(params)
         recipe = revise(self.recipe, overrides, self.path)
         try:
-            graph = build_graph(recipe, self.store, self.cache)
+            graph = build_graph(recipe, self.store, self.cache, self.graph.identity)
         except UserError as error:
             return Plan(overrides, recipe, None, str(error))
         return Plan(overrides, recipe, graph, None)

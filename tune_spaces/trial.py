@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pipelines.seldom_collected  # noqa: F401 - before torch, in Ray's processes too
+from pbkd.data import Identity
 from pbkd.errors import StageError, UserError
 from pbkd.stages.base import TrainingStage
+from pbkd.storage import user_cache
 from pipelines.driver import Driver, Outcome
 from pipelines.executors import Executor, InProcessExecutor, LocalExecutor
 from pipelines.graph import Graph, Node, build_graph, pipeline_id
@@ -43,7 +45,7 @@ def run_trial(config: dict[str, Any]) -> None:
     identity = pipeline_of(search, number)
     recipe = load_recipe(store.recipe(identity))
     recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"fuse": True})})
-    graph = build_graph(recipe, store, store.root / "cache")
+    graph = build_graph(recipe, store, user_cache(), Identity(**config["identity"]))
     objective, quiet = Objective.model_validate(config["objective"]), Quiet()
     signs = store.search_records(search)
     watcher = Watcher(graph, config["touched"], objective, store)
@@ -166,7 +168,7 @@ class Watcher:
 
     def _check_limit(self) -> None:
         if self.is_begun and self.macs is None and self.objective.max_macs is not None:
-            graph = build_graph(self.graph.recipe, self.store, self.store.root / "cache")
+            graph = build_graph(self.graph.recipe, self.store, user_cache(), self.graph.identity)
             cost = graph.nodes[graph.student].cost
             self.macs = None if cost is None else cost.macs
             if self.objective.excess({"macs": self.macs}) and graph.student not in self.manifests:

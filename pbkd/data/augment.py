@@ -1,5 +1,5 @@
-"""Random and fixed views of images: where they are (crops, flips, boxes), and how they look in uint8 batches
-and PIL images. Both readers take the first from here."""
+"""Random views of images: where they are (crops, flips, boxes), and how they look in uint8 batches and PIL
+images. Both readers take the first from here."""
 
 import math
 
@@ -9,14 +9,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pbkd.data.draws import below, draw, unit
+from pbkd.preprocessing import Box
 
 _FLIP, _TOP, _LEFT = 1, 2, 3
 _CUT_TOP, _CUT_LEFT = 4, 5
 _ATTEMPTS = 10
 _FIRST_ATTEMPT = 4  # attempt a draws area, ratio, top, left as the numbers 4 + 4a … 7 + 4a
-
-Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels, as PIL takes it."""
 
 
 def crop_offsets(keys: NDArray[np.uint64], padding: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -99,23 +97,9 @@ def is_flipped(numbers: list[float]) -> bool:
     return numbers[_FLIP] >= 0.5
 
 
-def resized_crop_flip(image: Image.Image, size: int, numbers: list[float]) -> Image.Image:
-    """A random part of `image` scaled to size x size, and half of them mirrored."""
-    image = image.crop(resized_crop_box(*image.size, numbers)).resize((size, size), Image.Resampling.BILINEAR)
+def resized_crop_flip(
+    image: Image.Image, size: int, numbers: list[float], filter_: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
+    """A random part of `image` scaled to size x size by `filter_`, and half of them mirrored."""
+    image = image.crop(resized_crop_box(*image.size, numbers)).resize((size, size), filter_)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_flipped(numbers) else image
-
-
-def centre_view(width: int, height: int, size: int) -> tuple[tuple[int, int], Box]:
-    """Width and height to which an image is scaled, so that its shorter side is size * 256/224, and the
-    central size x size of that: the usual view for evaluation."""
-    shorter = round(size * 256 / 224)
-    scale = shorter / min(width, height)
-    width, height = max(shorter, int(width * scale)), max(shorter, int(height * scale))
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return (width, height), (left, top, left + size, top + size)
-
-
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The `centre_view` of `image`."""
-    scaled, box = centre_view(*image.size, size)
-    return image.resize(scaled, Image.Resampling.BILINEAR).crop(box)

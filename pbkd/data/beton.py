@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_serializer
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from pbkd.data.beton_format import RAW, FormatError, Tables, read_tables
+from pbkd.data.folder import PartName
 from pbkd.errors import UserError
+from pbkd.preprocessing import Orientation
 from pbkd.storage import stays_below
 
 _Item = TypeVar("_Item")
@@ -36,6 +39,7 @@ class BetonSettings(BaseModel):
     max_resolution: longer side in pixels to which larger images are scaled down; null: never.
     quality: of JPEG, 1 to 100. null: a JPEG file that needs neither conversion nor scaling is taken as it is,
       byte for byte, and others are encoded with 90.
+    orientation: `exif` stores a photograph turned as its EXIF tag says; such JPEG files are encoded anew.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,12 +47,20 @@ class BetonSettings(BaseModel):
     mode: Mode = "raw"
     max_resolution: int | None = Field(default=None, ge=8, le=65535)
     quality: int | None = Field(default=None, ge=1, le=100)
+    orientation: Orientation = "stored"
+
+    @model_serializer(mode="wrap")
+    def _without_the_usual(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = written(self)
+        if self.orientation == "stored":  # betons of before it was a setting keep their seals
+            del content["orientation"]
+        return content
 
 
 class BetonManifest(BaseModel):
     """What stands beside FILE.beton in FILE.beton.json.
 
-    name, split: of the data set (`cifar10`, `cifar100`, `folder`; `train`, `test`).
+    name, split: of the data set (`cifar10`, `cifar100`, `folder`), and its part.
     bytes, sha256: of the file. tables: sha256 of all of it but the images, which is cheap to compare.
     class_names: of a folder, in the order of labels.
     shape: (height, width) that all images share, or null.
@@ -61,7 +73,7 @@ class BetonManifest(BaseModel):
 
     version: Literal[1] = 1
     name: Literal["cifar10", "cifar100", "folder"]
-    split: Literal["train", "test"]
+    split: PartName
     bytes: int
     sha256: str
     tables: str

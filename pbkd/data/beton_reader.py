@@ -1,6 +1,6 @@
 """The FFCV reader: batches of views from betons, by compiled threads.
 
-It takes FFCV's file format, JPEG decoder and scaling, but not its `Loader`, which compiles anew for every
+It takes FFCV's file format and JPEG decoder, but not its `Loader`, which compiles anew for every
 file (seconds), draws augmentations that no two runs share, hands out batches that it overwrites later,
 ignores what its decoder says of damaged images, waits for ever when its thread has died, and crashes when a
 mapped file is cut.
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pbkd.data.augment import (
-    centre_view,
     crop_offsets,
     cutout_boxes,
     draw_views,
@@ -30,11 +29,11 @@ from pbkd.data.augment import (
 )
 from pbkd.data.beton import open_checked
 from pbkd.data.beton_format import RAW, read_tables
-from pbkd.data.datasets import Split, divided
-from pbkd.data.digest import file_hashes
+from pbkd.data.datasets import CLASSES, Split, divided
+from pbkd.data.inventory import file_hashes
 from pbkd.data.loader import without_ffcv
 from pbkd.data.memory import RecycledMemory
-from pbkd.data.pixels import FLIPPED, PADDING, Indices, Views, started_ahead
+from pbkd.data.pixels import FLIPPED, PADDING, Indices, Views, of_right_size, shifted, started_ahead
 from pbkd.data.settings import DataSettings
 from pbkd.errors import UserError
 
@@ -52,7 +51,7 @@ class Beton:
     """A data set in a beton that was found sound.
 
     labels, offsets (place in the file), sizes (bytes), are_raw: (N,). shapes: (height, width), (N, 2).
-    is_folder: whether it holds the images of a folder, of any size, instead of a CIFAR.
+    class_names: of a folder, whose images may have any size; None: of a CIFAR.
     state: of the file, which must not change while it is used.
     """
 
@@ -62,7 +61,7 @@ class Beton:
     sizes: NDArray[np.int64]
     shapes: NDArray[np.int64]
     are_raw: NDArray[np.bool_]
-    is_folder: bool
+    class_names: tuple[str, ...] | None
     state: FileState
 
     def open(self) -> int:
@@ -124,21 +123,23 @@ def open_beton(path: Path, cache: Path | None = None) -> Beton:
             sizes=places["size"].astype(np.int64),
             shapes=np.stack([samples["height"], samples["width"]], axis=1).astype(np.int64),
             are_raw=samples["mode"] == RAW,
-            is_folder=manifest.name == "folder",
+            class_names=manifest.class_names,
             state=state,
         )
         beton.require_unchanged(file.fileno())
     return beton
 
 
-def beton_splits(settings: DataSettings, cache: Path | None = None) -> dict[str, Split[Beton]]:
-    """`load_splits` from the betons of `settings`; see `open_beton`.
+def beton_splits(
+    settings: DataSettings, cache: Path | None = None
+) -> tuple[dict[str, Split[Beton]], tuple[str, ...]]:
+    """`load_splits` from the betons of `settings`, and the classes' names; see `open_beton`.
 
     Raises UserError when FFCV cannot be imported or a beton is not sound.
     """
     _kernels()
-    train, test = (open_beton(path, cache) for path in settings.beton_paths())
-    return divided(settings, train, test)
+    parts = {name: open_beton(path, cache) for name, path in settings.beton_paths().items()}
+    return divided(settings, parts), parts["train"].class_names or CLASSES[settings.name]
 
 
 def read_beton(
@@ -153,7 +154,7 @@ def read_beton(
     for an index of no sample, with which a kernel would read what is not its own.
     """
     kernels = _kernels()
-    read_views = _read_photographs if source.is_folder else _read_small
+    read_views = _read_photographs if source.class_names else _read_small
 
     def read(indices: Indices, pixels: _Pixels) -> _Pixels:
         source.require_unchanged(file)
@@ -203,16 +204,22 @@ def _read_small(
 def _read_photographs(
     kernels: ModuleType, source: Beton, file: int, views: Views, indices: Indices, pixels: _Pixels
 ) -> _States:
+    sizes = source.shapes[indices].tolist()
     if views.augmentation == "resized_crop_flip":
         numbers = draw_views(views.keys(indices)).tolist()
-        sizes = zip(source.shapes[indices].tolist(), numbers, strict=True)
-        places = [_random_place(width, height, views.side, drawn) for (height, width), drawn in sizes]
+        drawn = zip(sizes, numbers, strict=True)
+        places = [_random_place(width, height, views.side, row) for (height, width), row in drawn]
     else:
-        places = [_central_place(w, h, views.side) for h, w in source.shapes[indices].tolist()]
-    rows = np.column_stack([indices, np.array(places, np.int64)])
+        named = zip(indices.tolist(), sizes, strict=True)
+        places = [_fixed_place(w, h, views, f"{source.path}: sample {index}") for index, (h, w) in named]
+    rows = np.column_stack([indices, np.array(places, np.int64), np.zeros_like(indices)])
+    rows[:, -1] = kernels.FILTERS.index(views.seen.interpolation)
     states = np.zeros(len(indices), np.uint8)
     stored = source.offsets, source.sizes, source.shapes, source.are_raw
     kernels.photographs(file, *stored, rows, pixels, states)
+    if views.augmentation in PADDING:
+        fixed = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        pixels[:] = shifted(fixed, indices, views).transpose(0, 2, 3, 1)
     return states
 
 
@@ -221,8 +228,9 @@ def _random_place(width: int, height: int, side: int, numbers: list[float]) -> t
     return top, left, bottom, right, side, side, 0, 0, is_flipped(numbers)
 
 
-def _central_place(width: int, height: int, side: int) -> tuple[int, ...]:
-    scaled, (left, top, _, _) = centre_view(width, height, side)
+def _fixed_place(width: int, height: int, views: Views, name: str) -> tuple[int, ...]:
+    with of_right_size(name):
+        scaled, (left, top, _, _) = views.seen.view(width, height)
     return 0, 0, height, width, scaled[1], scaled[0], top, left, False
 
 
@@ -231,11 +239,8 @@ def _state(status: os.stat_result) -> FileState:
 
 
 def _kernels() -> ModuleType:
-    threads = torch.get_num_threads()
     try:
         from pbkd.data import beton_kernels
     except ImportError as error:
-        raise without_ffcv(f"cannot be imported: {error}") from error
-    finally:
-        torch.set_num_threads(threads)  # importing FFCV sets it to 1
+        raise without_ffcv(f"cannot be used: {error}") from error
     return beton_kernels

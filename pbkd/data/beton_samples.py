@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin
 
 from pbkd.data.beton import BetonSettings
 from pbkd.data.beton_format import JPEG, PAGE_SIZE, RAW
@@ -39,7 +39,7 @@ def encoder(source: Arrays | Files, settings: BetonSettings) -> Callable[[int], 
     does not fit into a beton.
     """
     if isinstance(source, Files):
-        return lambda index: _encode_file(source.paths[index], settings)
+        return lambda index: _encode_file(source.path(index), settings)
     images = source.images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise UserError(
@@ -51,8 +51,10 @@ def encoder(source: Arrays | Files, settings: BetonSettings) -> Callable[[int], 
     )
 
 
-def read_sound(path: Path) -> tuple[Image.Image, bytes | None]:
+def read_sound(path: Path, upright: bool = False) -> tuple[Image.Image, bytes | None]:
     """The image in RGB, and the file's content if that is a JPEG that every decoder takes as this image.
+
+    `upright` turns it as its EXIF tag says.
 
     Raises BrokenImageError naming the file when it cannot be read, or is a JPEG with damaged data, which PIL
     decodes to noise without a word.
@@ -63,7 +65,7 @@ def read_sound(path: Path) -> tuple[Image.Image, bytes | None]:
         raise BrokenImageError(
             f"cannot read image {path}: {error.strerror}\ncure: replace the file, or remove it"
         ) from None
-    image = read_rgb(path, content)
+    image = read_rgb(path, content, upright=upright)
     with Image.open(BytesIO(content)) as header:
         if header.format not in ("JPEG", "MPO") or _frame_marker(content) not in _HUFFMAN_FRAMES:
             return image, None
@@ -71,11 +73,12 @@ def read_sound(path: Path) -> tuple[Image.Image, bytes | None]:
         if said and said.startswith("Corrupt JPEG data") and "extraneous" not in said:
             raise BrokenImageError(f"damaged image {path}: {said}\ncure: replace the file, or remove it")
         is_plain = not said and header.mode == "RGB" and JpegImagePlugin.get_sampling(header) >= 0
-        return image, content if is_plain else None
+        is_turned = upright and header.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return image, content if is_plain and not is_turned else None
 
 
 def _encode_file(path: Path, settings: BetonSettings) -> Stored:
-    image, content = read_sound(path)
+    image, content = read_sound(path, settings.orientation == "exif")
     keeps = settings.quality is None and max(image.size) <= (settings.max_resolution or _LARGEST_SIDE)
     return _fitting(_encode(image, settings, content if keeps else None), f"image {path}")
 

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,17 +31,16 @@ from pbkd.data.beton import (
 from pbkd.data.beton_format import ALLOCATION, PAGE_SIZE, SAMPLE, SAMPLES_AT, Tables, aligned
 from pbkd.data.beton_samples import Stored, encoder, read_sound
 from pbkd.data.datasets import Arrays, Files, load_splits
-from pbkd.data.digest import data_digest, folder_digest
-from pbkd.data.folder import BrokenImageError, list_classes
+from pbkd.data.digest import data_digest
+from pbkd.data.folder import BrokenImageError, PartName
+from pbkd.data.inventory import Inventory, take_inventory
 from pbkd.data.settings import DataSettings
 from pbkd.errors import UserError
+from pbkd.storage import user_cache
 
 Progress = Callable[[str, int, int], None]
 """Told (split, samples done, of all)."""
 
-SplitName = Literal["train", "test"]
-
-_SPLITS: tuple[SplitName, ...] = ("train", "test")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BUFFER = 1 << 20  # bytes
 _AHEAD = 8  # samples a worker may be ahead of the file
@@ -67,7 +65,7 @@ def prepare(
     skip_broken: bool = False,
     progress: Progress | None = None,
 ) -> list[Prepared]:
-    """Make `out`/train.beton and `out`/test.beton of `data`, each with its manifest.
+    """Make `out`/train.beton, `out`/test.beton, and val.beton of a part of its own, each with its manifest.
 
     Sample i of a beton is sample i of the split's source, before train is divided into train and val. Every
     sample is decoded and converted to RGB by one of `workers` threads before it is written. A split that is
@@ -98,11 +96,12 @@ class _Preparation:
         if name == "digits":
             raise UserError("digits: they are read into memory at once\ncure: use them without a beton")
         data = data.model_copy(update={"val_fraction": 0.0, "limit": None})
-        with tempfile.TemporaryDirectory() as cache:
-            self._digest = data_digest(data, Path(cache))
         self._name: Literal["cifar10", "cifar100", "folder"] = name
-        self._splits = load_splits(data)
-        self._classes = data.describe().num_classes
+        self._inventory = self._look(data)
+        listing = None if self._inventory is None else self._inventory.listing
+        self._digest = data_digest(data, user_cache())
+        self._splits = load_splits(data, listing)
+        self._classes = data.describe(None if listing is None else len(listing.classes)).num_classes
         self._data = data
         self._settings = settings
         self._workers = workers
@@ -110,13 +109,19 @@ class _Preparation:
         self._progress = progress
         self._broken: set[str] = set()  # of both splits, relative to the root
 
+    def _look(self, data: DataSettings) -> Inventory | None:
+        """A folder's inventory now; what has not changed since the last is not read again."""
+        if data.name != "folder":
+            return None
+        return take_inventory(data.data_root(), data.places(), user_cache())
+
     def run(self, out: Path) -> list[Prepared]:
         if self._skip_broken:
             self._broken = self._still_broken(out)
-        made = [self._prepare(out / f"{split}.beton", split) for split in _SPLITS]
+        made = [self._prepare(out / f"{split}.beton", split) for split in self._data.places()]
         return [self._with_all_broken(prepared) for prepared in made]
 
-    def _prepare(self, path: Path, split: SplitName) -> Prepared:
+    def _prepare(self, path: Path, split: PartName) -> Prepared:
         began = time.monotonic()
         for leftover in path.parent.glob(f"{path.name}*.partial"):  # of one that was killed
             leftover.unlink()
@@ -133,7 +138,7 @@ class _Preparation:
                 partial.unlink(missing_ok=True)
         return Prepared(path, manifest, written, time.monotonic() - began)
 
-    def _write(self, partial: Path, split: SplitName) -> BetonManifest:
+    def _write(self, partial: Path, split: PartName) -> BetonManifest:
         source = self._source(split)
         with partial.open("wb", buffering=_BUFFER) as file, closing(self._samples(split)) as samples:
             tables = write_beton(file, samples, len(source.labels))
@@ -144,12 +149,11 @@ class _Preparation:
             size = os.fstat(file.fileno()).st_size
         names = None
         if isinstance(source, Files):
-            root = self._data.data_root()
-            if folder_digest(root) != self._digest:
+            if (now := self._look(self._data)) is None or now.digest() != self._digest:
                 raise UserError(
-                    f"{root}: files changed while they were read\ncure: prepare again when none does"
+                    f"{source.root}: files changed while they were read\ncure: prepare again when none does"
                 )
-            names = tuple(list_classes(root / "train"))
+            names = now.listing.classes
         return BetonManifest(
             name=self._name,
             split=split,
@@ -165,7 +169,7 @@ class _Preparation:
             broken=tuple(sorted(self._broken)),
         ).sealed()
 
-    def _samples(self, split: SplitName) -> Generator[tuple[Stored, int]]:
+    def _samples(self, split: PartName) -> Generator[tuple[Stored, int]]:
         """The samples that can be read, in order, each with its label; finds out which cannot."""
         source = self._source(split)
         labels = checked_labels(source.labels, self._classes)
@@ -185,7 +189,7 @@ class _Preparation:
                     without.discard(int(labels[index]))
                     yield stored, int(labels[index])
                 elif self._skip_broken and isinstance(source, Files):
-                    self._broken.add(source.paths[index].relative_to(self._data.data_root()).as_posix())
+                    self._broken.add(source.names[index])
                 else:
                     raise UserError(f"{stored}, or leave out all such files: --skip-broken") from stored
                 if self._progress:
@@ -196,20 +200,20 @@ class _Preparation:
                 "cure: replace its images, or remove the class from train and val"
             )
 
-    def _source(self, split: SplitName) -> Arrays | Files:
+    def _source(self, split: PartName) -> Arrays | Files:
         source = self._splits[split].source
         assert isinstance(source, Arrays | Files)
         return source
 
     def _source_digest(self) -> str:
-        if not self._broken:
+        if self._inventory is None or not self._broken:
             return self._digest
-        return folder_digest(self._data.data_root(), self._broken)
+        return self._inventory.digest(self._broken)
 
     def _still_broken(self, out: Path) -> set[str]:
         """What the manifests in `out` list as broken, and still is."""
         broken = set()
-        for split in _SPLITS:
+        for split in self._data.places():
             with suppress(UserError):  # no manifest that tells anything
                 broken |= set(read_manifest(out / f"{split}.beton").broken)
         return {name for name in broken if _is_broken(self._data.data_root() / name)}

@@ -3,6 +3,7 @@
 import fcntl
 import gzip
 import tarfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pbkd.data.draws import shuffled
-from pbkd.data.folder import list_images
+from pbkd.data.folder import Listing, Part, PartName, list_files
 from pbkd.data.settings import DataSettings
-from pbkd.errors import UserError
+from pbkd.errors import AbsentDataError, UserError
 from pbkd.torchvision_compat import import_torchvision
 
 _SPLIT_SEED = 1797  # fixed for ever: the splits do not depend on a recipe's seed
@@ -29,6 +30,23 @@ CIFAR_FILES = {
 }
 """Folder and files of the official archives."""
 
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel
+can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur
+dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion
+lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter
+palm_tree pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road
+rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower
+sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm
+"""
+CLASSES = {
+    "digits": tuple("0123456789"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "cifar100": tuple(_CIFAR100.split()),
+}
+"""Names of the classes, in the order of the labels, as the official files have them."""
+
 
 @dataclass(frozen=True)
 class Arrays:
@@ -40,10 +58,15 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Files:
-    """A data set of image files, with labels (N,)."""
+    """A data set of image files: paths below `root`, labels (N,)."""
 
-    paths: list[Path]
+    root: Path
+    names: list[str]
     labels: NDArray[np.int64]
+
+    def path(self, index: int) -> Path:
+        """Of sample `index`."""
+        return self.root / self.names[index]
 
 
 class Source(Protocol):
@@ -66,9 +89,11 @@ class Split(Generic[SourceT_co]):
     indices: NDArray[np.int64]
 
 
-def load_splits(settings: DataSettings) -> dict[str, Split[Arrays | Files]]:
-    """The splits `train`, `val` and `test`. Raises UserError with the cure when the data are missing or
-    damaged."""
+def load_splits(settings: DataSettings, listing: Listing | None = None) -> dict[str, Split[Arrays | Files]]:
+    """The splits `train`, `val` and `test`; of a folder, what `listing` has, else what is there now.
+
+    Raises UserError with the cure when the data are missing or damaged.
+    """
     if settings.name == "digits":
         digits = load_digits()
         order = _fixed_order(len(digits.labels))
@@ -77,20 +102,22 @@ def load_splits(settings: DataSettings) -> dict[str, Split[Arrays | Files]]:
         splits: dict[str, Split[Arrays | Files]] = {}
         splits |= {name: Split(digits, indices) for name, indices in parts.items()}
         return _limited(settings, splits)
-    train, test = _load_folder(settings) if settings.name == "folder" else _load_cifar(settings)
-    return divided(settings, train, test)
+    if settings.name == "folder":
+        listing = listing or list_folder(settings)
+        root = settings.data_root()
+        return divided(settings, {name: files(root, part) for name, part in listing.parts.items()})
+    train, test = _load_cifar(settings)
+    return divided(settings, {"train": train, "test": test})
 
 
-def divided(settings: DataSettings, train: SourceT, test: SourceT) -> dict[str, Split[SourceT]]:
-    """The splits `train`, `val` and `test` of a data set that comes in two parts."""
-    order = _fixed_order(len(train.labels))
-    kept = len(order) - round(len(order) * settings.val_fraction)
-    splits = {
-        "train": Split(train, order[:kept]),
-        "val": Split(train, order[kept:]),
-        "test": Split(test, _fixed_order(len(test.labels))),
-    }
-    return _limited(settings, splits)
+def divided(settings: DataSettings, parts: Mapping[PartName, SourceT]) -> dict[str, Split[SourceT]]:
+    """The splits `train`, `val` and `test` of a data set that comes in two parts, or in these."""
+    splits = {name: Split(source, _fixed_order(len(source.labels))) for name, source in parts.items()}
+    if "val" not in parts:
+        train, order = parts["train"], splits["train"].indices
+        kept = len(order) - round(len(order) * settings.val_fraction)
+        splits |= {"train": Split(train, order[:kept]), "val": Split(train, order[kept:])}
+    return _limited(settings, {name: splits[name] for name in ("train", "val", "test")})
 
 
 def _limited(settings: DataSettings, splits: dict[str, Split[SourceT]]) -> dict[str, Split[SourceT]]:
@@ -124,19 +151,19 @@ def fetch_cifar(settings: DataSettings) -> None:
             _cifar_class(settings)(root, download=True)
     except (RuntimeError, OSError, tarfile.TarError, EOFError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(
+        raise AbsentDataError(
             f"data.root={root}: the download of {settings.name} failed: {reason}\n"
             "cure: try again, or data.root=DIR with the folder that holds it"
         ) from error
 
 
-def missing_cifar(settings: DataSettings) -> UserError:
+def missing_cifar(settings: DataSettings) -> AbsentDataError:
     """The error for a CIFAR that is not complete under `root`, naming the file and the cure."""
     root = settings.data_root()
     folder, names = CIFAR_FILES[settings.name]
     absent = [name for name in names if not (root / folder / name).is_file()]
     found = f"{root / folder / absent[0]} is missing" if absent else f"a file in {root / folder} is damaged"
-    return UserError(
+    return AbsentDataError(
         f"data.root={root}: {found}\n"
         f"expected the unpacked official {settings.name} archive: {folder}/{names[0]}, …\n"
         "cure: data.root=DIR with the folder that holds it, or data.download=true"
@@ -159,20 +186,26 @@ def _open_cifar(settings: DataSettings, train: bool) -> Arrays:
     return Arrays(images, np.asarray(loaded.targets, np.int64))
 
 
-def _load_folder(settings: DataSettings) -> tuple[Files, Files]:
-    root = settings.data_root()
-    listing = list_images(root)
-    found = len(listing["train"])
+def list_folder(settings: DataSettings) -> Listing:
+    """The files of a folder. Raises UserError; see `list_files`."""
+    listing = list_files(settings.data_root(), settings.places())
+    require_classes(settings, len(listing.classes))
+    return listing
+
+
+def require_classes(settings: DataSettings, found: int) -> None:
+    """Raise UserError if the settings name another number of classes than the data have."""
     if settings.num_classes not in (None, found):
+        place = settings.data_root() / settings.splits.train
         raise UserError(
-            f"data.num_classes={settings.num_classes}, but {root / 'train'} has {found} class folders\n"
+            f"data.num_classes={settings.num_classes}, but {place} has {found} classes\n"
             f"cure: data.num_classes={found}, or leave it out"
         )
-    parts = []
-    for classes in listing.values():
-        labels = np.repeat(np.arange(found, dtype=np.int64), [len(paths) for paths in classes])
-        parts.append(Files([path for paths in classes for path in paths], labels))
-    return parts[0], parts[1]
+
+
+def files(root: Path, part: Part) -> Files:
+    """A listed part as a source of samples."""
+    return Files(root, part.paths, np.array(part.labels, np.int64))
 
 
 def _fixed_order(count: int) -> NDArray[np.int64]:

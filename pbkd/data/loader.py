@@ -1,14 +1,14 @@
 """Which loader reads the data: FFCV where it can, or torch."""
 
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 from pbkd.data.beton import BetonManifest, open_checked, read_manifest
-from pbkd.data.digest import data_digest
+from pbkd.data.digest import Identity, data_digest, data_identity
 from pbkd.data.settings import DataSettings
-from pbkd.errors import UserError
+from pbkd.errors import AbsentDataError, UserError
+from pbkd.storage import user_cache
 
 
 def resolve_loader(settings: DataSettings, digest: str | None = None) -> DataSettings:
@@ -24,14 +24,32 @@ def resolve_loader(settings: DataSettings, digest: str | None = None) -> DataSet
         raise without_ffcv("is not installed")
     loader: Literal["ffcv", "torch"] = "torch"
     if settings.loader != "torch" and settings.name != "digits" and _is_asked_or_there(settings):
-        if digest is None:
-            with tempfile.TemporaryDirectory() as cache:
-                digest = data_digest(settings, Path(cache))
-        if settings.loader == "ffcv" or all(_is_of(path, digest) for path in settings.beton_paths()):
-            for path in settings.beton_paths():
+        digest = digest or data_digest(settings, user_cache())
+        if settings.loader == "ffcv" or all(_is_of(path, digest) for path in settings.beton_paths().values()):
+            for path in settings.beton_paths().values():
                 _require_pixels(path, open_checked(path, digest), settings)
             loader = "ffcv"
     return settings.model_copy(update={"loader": loader})
+
+
+def look_at(
+    settings: DataSettings, cache: Path, known: Identity | None = None
+) -> tuple[DataSettings, Identity | None, str | None]:
+    """What the data are, or the user's message why they, or betons that are asked for, are not here.
+
+    Returns `settings` with `loader` as it is taken here; the identity, or None; the message, or None. Data
+    that are `known` are not looked at again. `cache`: see `data_identity`. Raises UserError for data that are
+    here and cannot be used.
+    """
+    try:
+        if known is None or known.source != settings.source():
+            known = data_identity(settings, cache)
+    except AbsentDataError as error:
+        return settings, None, str(error)
+    try:
+        return resolve_loader(settings, known.digest), known, None
+    except UserError as error:
+        return settings, None, str(error)
 
 
 def without_ffcv(what: str) -> UserError:
@@ -48,7 +66,7 @@ def _is_asked_or_there(settings: DataSettings) -> bool:
         return True
     if settings.root is None and settings.beton is None:
         return False
-    return _is_installed() and all(path.is_file() for path in settings.beton_paths())
+    return _is_installed() and all(path.is_file() for path in settings.beton_paths().values())
 
 
 def _is_installed() -> bool:
@@ -63,8 +81,14 @@ def _is_of(path: Path, digest: str) -> bool:
 
 
 def _require_pixels(path: Path, manifest: BetonManifest, settings: DataSettings) -> None:
-    """Raise UserError if a CIFAR is not stored pixel by pixel: the torch reader would give other numbers."""
+    """Raise UserError if the torch reader would give other images: a CIFAR is not stored pixel by pixel, or
+    photographs are turned otherwise."""
     if settings.name == "folder":
+        if (stored := manifest.settings.orientation) != settings.orientation:
+            raise UserError(
+                f"{path}: has orientation {stored}, and data.orientation={settings.orientation}\n"
+                "cure: pbkd data prepare with the recipe, or data.loader=torch"
+            )
         return
     side = settings.describe().input_shape[1]
     if manifest.settings.mode == "jpeg" or manifest.shape != (side, side):

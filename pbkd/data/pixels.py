@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pbkd.data.augment import (
-    centre_crop,
     cut_out,
     draw_views,
     random_crop,
@@ -22,6 +22,8 @@ from pbkd.data.datasets import Arrays, Files
 from pbkd.data.draws import sample_keys
 from pbkd.data.folder import read_rgb
 from pbkd.data.settings import Augmentation
+from pbkd.errors import UserError
+from pbkd.preprocessing import Preprocessing, WrongSizeError
 
 PADDING: dict[Augmentation, int] = {"crop_flip": 4, "crop_flip_cutout": 4, "shift": 1}
 """Zero pixels around an image that is cropped to its own size."""
@@ -36,7 +38,8 @@ _Started = TypeVar("_Started")
 class Views(NamedTuple):
     """What, with a sample's index, determines its augmented view.
 
-    side: of the view in pixels. fill: what a part that is cut out becomes, (C,).
+    side: of the view in pixels. fill: what a part that is cut out becomes, (C,). seen: how an image file is
+    looked at; `none` and what crops by some pixels begin with its fixed view.
     """
 
     augmentation: Augmentation
@@ -44,6 +47,7 @@ class Views(NamedTuple):
     epoch: int
     side: int
     fill: NDArray[np.uint8]
+    seen: Preprocessing
 
     def keys(self, indices: Indices) -> NDArray[np.uint64]:
         """The key of every sample's random draws."""
@@ -52,17 +56,22 @@ class Views(NamedTuple):
 
 def read_arrays(source: Arrays, views: Views, batches: Iterator[Indices]) -> Iterator[tuple[Tensor, Indices]]:
     """For each batch of indices: uint8 pixels (N, C, H, W) in memory of their own, and the indices."""
-    padding = PADDING.get(views.augmentation)
     for indices in batches:
-        pixels = source.images[indices]
-        if padding is not None:
-            keys = views.keys(indices)
-            pixels = random_crop(pixels, keys, padding)
-            if views.augmentation in FLIPPED:
-                random_flip(pixels, keys)
-            if views.augmentation == "crop_flip_cutout":
-                cut_out(pixels, keys, views.fill)
-        yield torch.from_numpy(pixels), indices
+        yield torch.from_numpy(shifted(source.images[indices], indices, views)), indices
+
+
+def shifted(pixels: NDArray[np.uint8], indices: Indices, views: Views) -> NDArray[np.uint8]:
+    """Images (N, C, H, W) cropped by some pixels, mirrored and with a part cut out, as `views` say."""
+    padding = PADDING.get(views.augmentation)
+    if padding is None:
+        return pixels
+    keys = views.keys(indices)
+    pixels = random_crop(pixels, keys, padding)
+    if views.augmentation in FLIPPED:
+        random_flip(pixels, keys)
+    if views.augmentation == "crop_flip_cutout":
+        cut_out(pixels, keys, views.fill)
+    return pixels
 
 
 def read_files(
@@ -74,12 +83,16 @@ def read_files(
     Decodes a few batches ahead and gives them in order. The threads end with the iteration, however it ends.
     Raises UserError naming the file when one cannot be read.
     """
-    side = views.side
+    side, seen = views.side, views.seen
 
     def decode(index: int, numbers: list[float] | None, target: NDArray[np.uint8]) -> None:
-        image = read_rgb(source.paths[index])
-        view = centre_crop(image, side) if numbers is None else resized_crop_flip(image, side, numbers)
-        target[:] = np.asarray(view)
+        path = source.path(index)
+        image = read_rgb(path, upright=seen.orientation == "exif")
+        if numbers is None:
+            with of_right_size(f"image {path}"):
+                target[:] = seen.pixels(image)
+        else:
+            target[:] = np.asarray(resized_crop_flip(image, side, numbers, seen.filter))
 
     def start(indices: Indices) -> tuple[NDArray[np.uint8], Indices, list[Future[None]]]:
         pixels = np.empty((len(indices), side, side, 3), np.uint8)
@@ -93,9 +106,19 @@ def read_files(
         for pixels, indices, work in started_ahead(start, batches):
             for future in work:
                 future.result()
-            yield torch.from_numpy(pixels).permute(0, 3, 1, 2), indices
+            yield torch.from_numpy(shifted(pixels.transpose(0, 3, 1, 2), indices, views)), indices
     finally:
         threads.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def of_right_size(name: str) -> Iterator[None]:
+    """Raise UserError for an image, of this name, that the network does not take."""
+    try:
+        yield
+    except WrongSizeError as error:
+        cure = "data.resize=short_side, or data.image_size with the images' own"
+        raise UserError(f"{name}: {error}\ncure: {cure}") from None
 
 
 def started_ahead(start: Callable[[Indices], _Started], batches: Iterator[Indices]) -> Iterator[_Started]:

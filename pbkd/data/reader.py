@@ -1,7 +1,7 @@
 """The reader: batches as a pure function of (seed, epoch, batch), the same for every world size."""
 
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from pbkd.data.beton_reader import Beton, beton_splits, read_beton
-from pbkd.data.datasets import Arrays, Files, Source, Split, load_splits
+from pbkd.data.datasets import CLASSES, Arrays, Files, Source, Split, list_folder, load_splits
 from pbkd.data.draws import shuffled
+from pbkd.data.inventory import recall_listing
 from pbkd.data.loader import resolve_loader
 from pbkd.data.memory import RecycledMemory
 from pbkd.data.pixels import Indices, Views, read_arrays, read_files
 from pbkd.data.settings import Augmentation, DataInfo, DataSettings
 from pbkd.errors import UserError
+from pbkd.preprocessing import Preprocessing
 
 Batch = tuple[Tensor, Tensor]
 """images (N, C, H, W) float32 normalized, labels (N,) int64."""
@@ -40,6 +42,7 @@ class Reader:
         self,
         split: Split[Source],
         info: DataInfo,
+        seen: Preprocessing,
         *,
         batch_size: int,
         seed: int,
@@ -55,7 +58,7 @@ class Reader:
         """See `Data.reader`."""
         self._split = split
         self._labels = torch.from_numpy(split.source.labels)
-        self._side = info.input_shape[1]
+        self._seen = seen
         self._batch_size = batch_size
         self._seed = seed
         self._rank = rank
@@ -118,8 +121,9 @@ class Reader:
 
     def _batches(self, epoch: int, first: int) -> Generator[Batch]:
         source = self._split.source
-        side = next((side for start, side in reversed(self._progressive) if start <= epoch), self._side)
-        views = Views(self._augmentation, self._seed, epoch, side, self._fill)
+        usual = self._seen.image_size
+        side = next((side for start, side in reversed(self._progressive) if start <= epoch), usual)
+        views = Views(self._augmentation, self._seed, epoch, side, self._fill, self._seen)
         shares = self._shares(epoch, first)
         if isinstance(source, Arrays):
             batches = read_arrays(source, views, shares)
@@ -170,12 +174,16 @@ class Reader:
 
 
 class Data:
-    """An open data set: `info`, `settings`, `sizes` ({"train", "val", "test"} -> samples) and readers."""
+    """An open data set: `info`, `settings`, `classes` (names, in the order of the labels), `sizes` ({"train",
+    "val", "test"} -> samples) and readers."""
 
-    def __init__(self, settings: DataSettings, splits: Mapping[str, Split[Source]], info: DataInfo) -> None:
+    def __init__(
+        self, settings: DataSettings, splits: Mapping[str, Split[Source]], classes: Sequence[str]
+    ) -> None:
         """See `open_data`."""
         self.settings = settings
-        self.info = info
+        self.classes = tuple(classes)
+        self.info = settings.describe(len(classes))
         self.sizes = {name: len(split.indices) for name, split in splits.items()}
         self._splits = splits
 
@@ -211,6 +219,7 @@ class Data:
         return Reader(
             self._splits[split],
             self.info,
+            self.settings.preprocessing(),
             batch_size=batch_size,
             seed=seed,
             rank=rank,
@@ -229,12 +238,19 @@ def open_data(settings: DataSettings, digest: str | None = None, cache: Path | N
 
     With `torch`, CIFAR and digits are read into memory, a folder is listed and checked; with `ffcv`, the
     betons are opened and checked. `digest` is `data_digest` of the data, for callers who know it; with a
-    folder `cache` the betons' content is compared with their sha256, once for each state of a file.
+    folder `cache` the betons' content is compared with their sha256, once for each state of a file, and a
+    folder is not listed again when it was listed with that digest.
 
     Raises UserError with the cure when data are missing or damaged. Images of a folder are decoded when a
     reader needs them; an unreadable one raises UserError there.
     """
     settings = resolve_loader(settings, digest)
     if settings.loader == "ffcv":
-        return Data(settings, beton_splits(settings, cache), settings.describe())
-    return Data(settings, load_splits(settings), settings.describe())
+        return Data(settings, *beton_splits(settings, cache))
+    if settings.name != "folder":
+        return Data(settings, load_splits(settings), CLASSES[settings.name])
+    listing = None
+    if digest is not None and cache is not None:
+        listing = recall_listing(settings.data_root(), settings.places(), digest, cache)
+    listing = listing or list_folder(settings)
+    return Data(settings, load_splits(settings, listing), listing.classes)

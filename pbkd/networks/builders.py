@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import os
 import sys
 import traceback
@@ -150,6 +151,36 @@ def pretrained_tensors(arch: str) -> dict[str, Tensor]:
             "file: weights: FILE.safetensors, or a state_dict that torch.save wrote"
         ) from error
     return network.state_dict()
+
+
+def usual_preprocessing(arch: str) -> dict[str, Any]:
+    """How the library's own weights of `arch` see images, in the names of `pbkd.preprocessing`.
+
+    {} if it does not say, or says what has no name there (timm's `crop_mode="border"`).
+    """
+    library, _, name = arch.partition("/")
+    _check_known(library, name)
+    if library == "torchvision":
+        seen = _torchvision_models().get_model_weights(name)["DEFAULT"].transforms()
+        return {
+            "image_size": seen.crop_size[0],
+            "resize": "short_side",
+            "resize_size": seen.resize_size[0],
+            "interpolation": seen.interpolation.value,
+            "mean": tuple(seen.mean),
+            "std": tuple(seen.std),
+        }
+    if (seen := _timm().get_pretrained_cfg(name)) is None or seen.crop_mode == "border":
+        return {}
+    side = seen.input_size[-1]
+    return {
+        "image_size": side,
+        "resize": "both" if seen.crop_mode == "squash" else "short_side",
+        "resize_size": math.floor(side / seen.crop_pct),
+        "interpolation": seen.interpolation,
+        "mean": tuple(seen.mean),
+        "std": tuple(seen.std),
+    }
 
 
 def known_names(library: str) -> list[str]:

@@ -79,6 +79,6 @@ def test_the_registry_has_the_champion_with_a_description_and_what_goes_in_and_o
     seen.page.get_by_text("Version 1", exact=True).click()
     expect(seen.page.get_by_text("on the test set", exact=False).first).to_be_visible(timeout=SECONDS)
     sees(seen.page, "Inputs (1)")
-    sees(seen.page, "Outputs (1)")
+    sees(seen.page, "Outputs (2)")
     seen.keep("mlflow-version", full=False)
     is_clean(seen, mlflow_pages)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from pbkd.data import DataSettings, data_digest
+from pbkd.data import DataSettings, Identity, data_identity
 from pbkd.networks.builders import pretrained_name
 from pbkd.stages import Load
 from pipelines.graph import build_graph
@@ -30,7 +30,7 @@ def keys_of(recipe: Path) -> dict[str, str]:
     """Stage -> key."""
     with (
         tempfile.TemporaryDirectory() as cache,
-        patch("pipelines.graph.data_digest", _data_digest),
+        patch("pbkd.data.loader.data_identity", _data_identity),
         patch.object(Load, "_identity", _weights_digest),
     ):
         graph = build_graph(load_recipe(recipe, AS_ANYWHERE), None, Path(cache))
@@ -38,8 +38,10 @@ def keys_of(recipe: Path) -> dict[str, str]:
     return {name: str(node.key) for name, node in graph.nodes.items()}
 
 
-def _data_digest(settings: DataSettings, cache: Path) -> str:
-    return data_digest(settings, cache) if settings.name == "digits" else _stand_in(settings.name)
+def _data_identity(settings: DataSettings, cache: Path) -> Identity:
+    if settings.name == "digits":
+        return data_identity(settings, cache)
+    return Identity(_stand_in(settings.name), ("",) * settings.describe().num_classes, settings.source())
 
 
 def _weights_digest(stage: Load) -> str:

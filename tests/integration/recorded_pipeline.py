@@ -6,9 +6,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pbkd.data import DataSettings
 from pipelines.journal import Journal
 from pipelines.lease import try_acquire
-from pipelines.manifest import Input, Manifest
+from pipelines.manifest import Input, Interface, Manifest
 from pipelines.store import Store
 from pipelines.tracking import connect
 
@@ -59,6 +60,9 @@ def manifest_of(name: str, seed: int = 0) -> Manifest:
         machine={"cores": 2},
         git="c0ffee",
         created=begin + 5,
+        interface=Interface(
+            preprocessing=DataSettings(name="digits").preprocessing(), classes=tuple("0123456789")
+        ),
     )
 
 

@@ -1,13 +1,16 @@
 """`pbkd export` as a user types it: a pruned student leaves the store, and MLflow answers with it."""
 
+import base64
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,15 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from pbkd import artifact
 from pbkd.data import DataSettings, open_data
+from pbkd.export import to_pixels
 from pipelines.cli import main
 from pipelines.recipe import SMOKE_SAMPLES
+from tests.integration.pbkd_process import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,8 @@ def test_the_student_leaves_with_its_parity_and_its_card(
     key, out, limit = stages["recovered"]["key"], tmp_path / "out", SMOKE_SAMPLES["digits"]
     code, printed, _ = pbkd(capsys, "export", key[:12], "--store", store, "--out", out, "--json")
     facts = json.loads(printed)
-    assert code == 0 and facts == json.loads((out / "export.json").read_text())
+    kept = json.loads((out / "export.json").read_text())  # without places of this machine
+    assert code == 0 and facts == kept | {name: facts[name] for name in ("path", "card", "serve")}
     assert facts["path"] == str(out / "model.onnx") and facts["bytes"] == (out / "model.onnx").stat().st_size
     assert facts["compared_on"] == "test images" and facts["images"] == limit
     assert facts["max_abs_diff"] <= 1e-4 and facts["agreement"] == 100
@@ -62,7 +69,9 @@ def test_the_student_leaves_with_its_parity_and_its_card(
     split = data.reader("test", limit, seed=0)
     session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
     interface = json.loads(session.get_modelmeta().custom_metadata_map["pbkd.interface"])
-    assert interface["mean"] == list(data.info.mean) and interface["input_shape"] == [1, 8, 8]
+    assert interface["preprocessing"] == data.settings.preprocessing().model_dump(mode="json")
+    assert interface["input_shape"] == [1, 8, 8] and interface["classes"] == list("0123456789")
+    assert manifest["interface"] == {key: interface[key] for key in ("preprocessing", "classes")}
     images, labels = (tensor.numpy() for tensor in next(iter(split)))
     logits = np.concatenate([session.run(None, {interface["input"]: image[None]})[0] for image in images])
     assert 100 * np.mean(logits.argmax(1) == labels) == pytest.approx(manifest["metrics"]["test_accuracy"])
@@ -75,9 +84,11 @@ def test_the_student_leaves_with_its_parity_and_its_card(
     ]
     assert len(rows) == 2, "from the student back to the teacher"
 
-    program = card.split("```python\n")[1].split("```")[0] + "\nprint(logits.shape)"
+    program = card.split("```python\n")[1].split("```")[0] + "\nprint(label)"
+    pixels = to_pixels(torch.from_numpy(images[:1]), data.settings.preprocessing()).numpy()
+    Image.fromarray(pixels[0, ..., 0]).save(out / "image.png")
     ran = subprocess.run([sys.executable, "-c", program], cwd=out, capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "(1, 10)", "the card's own code runs the file"
+    assert ran.stdout.strip() == str(logits[0].argmax()), "the card's own code runs the file on an image"
 
     # Another time, by the artifact's folder and in another format: the folder is replaced.
     artifact = store / "artifacts" / manifest["artifact"]
@@ -121,25 +132,50 @@ def server(store: Path, stages: dict[str, Any], tmp_path: Path) -> Iterator[tupl
             break
     else:
         pytest.fail("the server ended: " + "".join(said))
-    yield folder, f"http://127.0.0.1:{port}"
+    yield folder, f"http://127.0.0.1:{port}/invocations"
     os.killpg(process.pid, 15)
     process.communicate(timeout=60)
 
 
-def test_mlflow_serves_it(server: tuple[Path, str]) -> None:
+def as_file(image: np.ndarray) -> str:
+    """A PNG of it, in base64."""
+    stream = BytesIO()
+    Image.fromarray(image[..., 0].astype(np.uint8)).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def ask(address: str, images: object) -> tuple[int, dict[str, Any]]:
+    body = json.dumps({"inputs": {"images": images}}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)["predictions"]
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def test_mlflow_serves_it_pixels_and_files_and_refuses_what_it_cannot_interpret(
+    server: tuple[Path, str], store: Path
+) -> None:
     folder, address = server
-    request = (folder / "serving_input_example.json").read_bytes()
-    image = np.asarray(json.loads(request)["inputs"], np.float32)
-    assert image.shape == (1, 1, 8, 8) and image.std() > 0.5, "a real digit"
-    several = json.dumps({"inputs": np.concatenate([image, image[:, :, ::-1]]).tolist()}).encode()
+    pixels = np.asarray(json.loads((folder / "serving_input_example.json").read_bytes())["inputs"]["images"])
+    assert pixels.shape == (1, 8, 8, 1) and len(np.unique(pixels)) > 4, "a real digit"
+    several = np.concatenate([pixels, pixels[:, ::-1]])
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    for body, images in ((request, image), (several, np.concatenate([image, image[:, :, ::-1]]))):
-        headers = {"Content-Type": "application/json"}
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{address}/invocations", body, headers), timeout=60
-        ) as answer:
-            logits = np.asarray(json.load(answer)["predictions"]["logits"])
-        np.testing.assert_allclose(logits, session.run(None, {"images": images})[0], atol=1e-5)
+    images = ((several / 255 - 0.3053) / 0.3760).transpose(0, 3, 1, 2).astype(np.float32)
+    expected = session.run(None, {"images": images})[0]
+    for asked in (several.tolist(), [as_file(image) for image in several]):
+        code, answer = ask(address, asked)
+        np.testing.assert_allclose(answer["logits"], expected, atol=1e-5)
+        assert code == 200 and answer["class"] == [str(label) for label in expected.argmax(1)]
+    for wrong in ((pixels / 255), pixels - 128, pixels + 128, images, pixels[:, :6], np.zeros((0, 8, 8, 1))):
+        code, answer = ask(address, wrong.tolist())
+        assert code == 400 and "whole numbers from 0 to 255" in answer["message"]
+    assert ask(address, ["no file"])[0] == ask(address, [None])[0] == 400
+    written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert not any(str(place).encode() in written for place in (store, folder, ROOT)), (
+        "no path of this machine"
+    )
 
 
 def test_the_registry_serves_the_champion_by_its_name(
@@ -148,10 +184,43 @@ def test_the_registry_serves_the_champion_by_its_name(
     database = Path(small_demo["store"]) / "mlflow" / "mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{database}")
     (student,) = (row for row in small_demo["stages"] if row["name"] == small_demo["student"])
-    network, images = artifact.load(Path(student["artifact"])), torch.randn(3, 1, 8, 8)
-    answer = mlflow.pyfunc.load_model("models:/digits@champion").predict({"images": images.numpy()})
+    network = artifact.load(Path(student["artifact"]))
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    answer = mlflow.pyfunc.load_model("models:/digits@champion").predict({"images": pixels})
+    images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.3053) / 0.3760
     with torch.inference_mode():
-        np.testing.assert_allclose(answer["logits"], network(images).numpy(), atol=1e-6)
+        np.testing.assert_allclose(answer["logits"], network(images).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_a_file_that_takes_pixels(
+    form: str, store: Path, stages: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, out = stages["recovered"]["key"], tmp_path / "out"
+    words = [
+        "export",
+        key,
+        "--store",
+        store,
+        "--out",
+        out,
+        "--format",
+        form,
+        "--with-preprocessing",
+        "--json",
+    ]
+    code, printed, _ = pbkd(capsys, *words)
+    facts = json.loads(printed)
+    assert code == 0 and facts["agreement"] == 100 and facts["max_abs_diff"] < 1e-4
+    assert facts["input_type"] == "uint8" and facts["input_shape"] == [8, 8, 1]
+    if form == "onnx":
+        session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+        (takes,) = session.get_inputs()
+        assert (takes.type, takes.shape) == ("tensor(uint8)", [1, 8, 8, 1])
+        pixels = json.loads((out / "serving_input_example.json").read_text())["inputs"]["images"]
+        answer = mlflow.pyfunc.load_model(str(out)).predict({"images": np.array(pixels, np.uint8)})
+        logits = session.run(None, {takes.name: np.array(pixels, np.uint8)})[0]
+        np.testing.assert_allclose(answer["logits"], logits, atol=1e-6)
 
 
 MISTAKES = {
@@ -165,6 +234,7 @@ MISTAKES = {
         "data.num_classes=10",
     ): "or compare on noise: --without-data",
     ("KEY", "data.name=cifar10", "data.root=nowhere"): "nowhere/cifar-10-batches-py/data_batch_1 is missing",
+    ("KEY", "--with-preprocessing", "--format", "safetensors"): "safetensors has weights alone",
     ("KEY", "--out", "."): "is there, and no export of pbkd's",
     ("KEY", "--format", "onx"): "not one of 'onnx', 'pt2', 'safetensors'",
 }

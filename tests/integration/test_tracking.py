@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import mlflow
+import numpy as np
 import pytest
 import torch
 from mlflow.models import Model
@@ -132,7 +135,7 @@ def test_students_and_baselines_are_registered_and_the_best_student_is_the_champ
     assert (tags["pbkd.role"], tags["macs"], tags["test_accuracy"]) == ("baseline", "200", "96.2")
 
 
-def test_a_registered_network_says_what_it_is_and_what_goes_in_and_out(store: Store) -> None:
+def test_a_registered_network_says_what_it_is_and_stands_alone(store: Store, tmp_path: Path) -> None:
     record_pipeline(store)
     network = random_norms(fresh(small_resnet(), 0))
     artifact.save(network, store.artifact(digest("artifact", "small", 0)))
@@ -143,13 +146,21 @@ def test_a_registered_network_says_what_it_is_and_what_goes_in_and_out(store: St
     assert "5.00x fewer" in version.description and digest("artifact", "small", 0) in version.description
     folder = unquote(urlsplit(version.source).path)
     model = Model.load(folder)
-    assert model.get_input_schema().inputs[0].shape == (-1, *network.spec.input_shape)
-    example = json.loads(Path(folder, "serving_input_example.json").read_text())["inputs"]["images"]
-    stored = json.loads((store.artifact(digest("artifact", "small", 0)) / "spec.json").read_text())["probe"]
+    assert model.get_input_schema().input_names() == ["images"]
+    assert model.metadata["preprocessing"]["mean"] == [0.3053] and model.metadata["classes"][3] == "3"
+    pixels = json.loads(Path(folder, "serving_input_example.json").read_text())["inputs"]["images"]
+    # It needs nothing of the store.
+    moved = Path(shutil.move(folder, tmp_path / "elsewhere"))
+    store.root.rename(tmp_path / "hidden")
+    said = "".join(path.read_text() for path in moved.iterdir() if path.is_file())
+    assert str(tmp_path) not in said
+    answer = mlflow.pyfunc.load_model(str(moved)).predict({"images": np.array(pixels, np.uint8)})
     with torch.no_grad():
-        found = network.eval()(torch.tensor(example))[0]
-    assert found.tolist() == pytest.approx(stored, abs=1e-3), "the example gives the logits that are stored"
-    assert model.get_output_schema().inputs[0].shape == (-1, len(found))
+        images = (torch.tensor(pixels).permute(0, 3, 1, 2) / 255 - 0.3053) / 0.3760
+        logits = network.eval()(images).numpy()
+    np.testing.assert_allclose(answer["logits"], logits, atol=1e-5)
+    assert answer["class"].tolist() == [str(logits.argmax())]
+    assert model.get_output_schema().inputs[0].shape == (-1, logits.shape[1])
 
 
 def test_a_pipelines_run_has_its_latest_report_the_data_and_the_student(store: Store) -> None:

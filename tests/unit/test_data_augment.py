@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pbkd.data.augment import (
-    centre_crop,
     cut_out,
     cutout_boxes,
     draw_views,
@@ -17,6 +16,7 @@ from pbkd.data.augment import (
     resized_crop_flip,
 )
 from pbkd.data.draws import sample_keys
+from pbkd.preprocessing import Preprocessing, WrongSizeError
 from pbkd.torchvision_compat import import_torchvision
 
 
@@ -90,11 +90,29 @@ def test_a_resized_crop_equals_torchvision_s_of_the_same_box():
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (57, 57), (20, 400)])
-def test_a_centre_crop_equals_torchvision_s(size):
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_a_view_equals_torchvision_s(size: tuple[int, int], interpolation: str) -> None:
     transforms = import_torchvision().transforms
+    mode = transforms.InterpolationMode(interpolation)
     image = Image.fromarray(random_images(size[1], size[0], 3))
-    expected = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(56)])(image)
-    assert np.array_equal(centre_crop(image, 56), expected)
+    usual = {"image_size": 56, "mean": (0,), "std": (1,), "interpolation": interpolation, "crop": "center"}
+    scaled = Preprocessing(resize="short_side", resize_size=64, **usual)
+    expected = transforms.Compose([transforms.Resize(64, mode), transforms.CenterCrop(56)])(image)
+    assert np.array_equal(scaled.pixels(image), expected)
+    squashed = Preprocessing(resize="both", resize_size=60, **usual)
+    expected = transforms.Compose([transforms.Resize((60, 60), mode), transforms.CenterCrop(56)])(image)
+    assert np.array_equal(squashed.pixels(image), expected)
+
+
+def test_an_image_of_another_size_is_refused_where_none_is_made_of_it() -> None:
+    image = Image.fromarray(random_images(40, 32, 3))
+    exact = Preprocessing(image_size=32, mean=(0,), std=(1,))
+    assert np.array_equal(exact.pixels(image.crop((0, 4, 32, 36))), np.asarray(image)[4:36])
+    with pytest.raises(WrongSizeError, match="has 32 x 40 pixels\nexpected 32 x 32"):
+        exact.pixels(image)
+    assert exact.model_copy(update={"crop": "center"}).pixels(image).shape == (32, 32, 3)
+    with pytest.raises(WrongSizeError):
+        exact.model_copy(update={"crop": "center", "image_size": 36}).pixels(image)
 
 
 def test_a_cutout_is_half_the_side_around_any_pixel_and_clipped():

@@ -6,11 +6,13 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from benchmarks.injected import injected
 from pipelines.cli import main
 from tests.conftest import NO_MOUNT
 from tests.unit.image_folders import picture, save_folder
@@ -152,16 +154,35 @@ def test_a_small_disk_that_is_full_stays_empty(root: Path, tmp_path: Path):
         subprocess.run(["umount", str(out)], check=True)
 
 
+WAIT_FOR_TEST = """
+def wait(module):
+    import os, time
+    read = module.read_sound
+    def waiting(path, *rest):
+        if path.parent.parent.name == "val":
+            open(os.environ["WAITS"], "w").close()
+            time.sleep(600)
+        return read(path, *rest)
+    module.read_sound = waiting
+
+when_imported("pbkd.data.beton_samples", wait)
+"""
+
+
 def test_a_killed_writer_leaves_no_beton_and_the_same_command_finishes(root: Path, tmp_path: Path):
-    out = tmp_path / "out"
-    pipe = root / "val" / "cat" / "05.png"
-    os.mkfifo(pipe)  # an image that is not there yet: its reader waits, and so does this test for its reader
-    arguments = command("data", "prepare", str(root), "--out", str(out), "--json")
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with pipe.open("wb"):
-        process.kill()
-        process.wait()
+    out, waits = tmp_path / "out", tmp_path / "waits"
+    process = subprocess.Popen(
+        command("data", "prepare", str(root), "--out", str(out), "--json"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | injected(WAIT_FOR_TEST, tmp_path / "hook") | {"WAITS": str(waits)},
+    )
+    deadline = time.monotonic() + 120
+    while not waits.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
     assert names(out) == ["test.beton.partial", "train.beton", "train.beton.json"]
-    pipe.unlink()
     assert main(["data", "prepare", str(root), "--out", str(out)]) == 0
     assert names(out) == COMPLETE

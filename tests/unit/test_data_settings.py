@@ -49,10 +49,15 @@ def test_a_folder_that_is_not_here_names_both_cures(tmp_path: Path):
         {"name": "digits", "std": (0,)},
         {"name": "cifar10", "image_size": 64},
         {"name": "digits", "num_classes": 11},
-        {"name": "folder", "augment": "crop_flip"},
+        {"name": "folder", "resize": "none", "resize_size": 256},
+        {"name": "folder", "resize_size": 200},
+        {"name": "folder", "augment": "crop_flip", "progressive": ((0, 160),)},
+        {"name": "cifar10", "resize": "none"},
+        {"name": "cifar10", "orientation": "exif"},
+        {"name": "digits", "splits": {"test": "test"}},
+        {"name": "folder", "splits": {"tests": "test"}},
         {"name": "folder", "download": True},
         {"name": "cifar10", "augment": "resized_crop_flip"},
-        {"name": "folder", "augment": "crop_flip_cutout"},
         {"name": "digits", "loader": "ffcv"},
         {"name": "digits", "beton": "somewhere"},
         {"name": "cifar10", "progressive": ((0, 16),)},
@@ -95,5 +100,29 @@ def test_a_stage_key_sees_only_what_changes_the_numbers(tmp_path: Path):
     assert (
         small
         != DataSettings(name="folder").semantic()
-        == DataSettings(name="folder", image_size=224).semantic()
+        == DataSettings(name="folder", image_size=224, resize_size=256, crop="center").semantic()
     )
+    changes = (
+        {"resize": "both"}, {"resize": "none"}, {"resize_size": 300}, {"interpolation": "bicubic"},
+        {"crop": "none"}, {"orientation": "exif"}, {"splits": {"val": "valid"}},
+    )  # fmt: skip
+    keys = [json.dumps(DataSettings(name="folder", **change).semantic()) for change in ({}, *changes)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_what_follows_from_how_images_are_scaled() -> None:
+    usual = DataSettings(name="folder").preprocessing()
+    assert (usual.resize, usual.resize_size, usual.crop, usual.image_size) == (
+        "short_side",
+        256,
+        "center",
+        224,
+    )
+    exact = DataSettings(name="folder", resize="none", image_size=32)
+    assert (exact.preprocessing().resize_size, exact.preprocessing().crop) == (None, "none")
+    assert (
+        exact.augmentation == "crop_flip" and DataSettings(name="folder").augmentation == "resized_crop_flip"
+    )
+    assert DataSettings(name="folder", resize="both", image_size=64).preprocessing().resize_size == 64
+    assert DataSettings(name="digits").preprocessing().colours == "grey"
+    assert DataSettings(name="cifar10").preprocessing().resize == "none"

@@ -14,9 +14,10 @@ from torch.nn.functional import interpolate
 
 from pbkd.data import DataSettings
 from pbkd.errors import StageError, UserError
-from pbkd.export import OPSET, Format, compare, export, images_to_compare, open_exported
+from pbkd.export import OPSET, Format, export, open_exported
 from pbkd.networks import AnySpec, BlockNetwork, architecture, fresh, settings_of
 from pbkd.networks.spec import BlockSpec, NetworkSpec
+from pbkd.parity import compare, images_to_compare
 from pbkd.stages import Prune
 from pbkd.stages.prune import estimate_norms
 from pbkd.students import StudentSettings, student_block

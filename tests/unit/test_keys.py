@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pbkd.data import Identity, loader
 from pbkd.errors import UserError
 from pbkd.stages import Train
 from pipelines import graph as graph_module
@@ -165,7 +166,8 @@ def test_the_data_are_in_the_key_by_content_and_not_by_path(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before = keys(content(), tmp_path)
-    monkeypatch.setattr(graph_module, "data_digest", lambda settings, cache: "0" * 64)
+    other = Identity("0" * 64, tuple("0123456789"), "")
+    monkeypatch.setattr(loader, "data_identity", lambda settings, cache: other)
     assert not set(keys(content(), tmp_path).values()) & set(before.values())
 
 

@@ -62,7 +62,8 @@ def test_a_teacher_computes_what_the_library_makes_of_its_weights(
     info = replace(DataSettings(name="digits").describe(), input_shape=(3, SIZE, SIZE), num_classes=1000)
     images = np.random.default_rng(0).integers(0, 256, (20, 3, SIZE, SIZE), dtype=np.uint8)
     some, digits = Arrays(images, np.arange(20) % 10), DataSettings(name="digits")
-    data = Data(digits, divided(digits, some, some), info)
+    data = Data(digits, divided(digits, {"train": some, "test": some}), "0123456789")
+    data.info = info
     context = Context(LocalSession(tmp_path, torch.device("cpu"), 0, 1, 60.0), {}, data, 0, Precision())
     given: dict[str, object] = {"kind": "load", "network": {"arch": f"torchvision/{name}"}}
     own = {"arguments": {"transform_input": True, "init_weights": False}} if name == "googlenet" else {}

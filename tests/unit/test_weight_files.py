@@ -275,7 +275,7 @@ def test_a_stage_takes_a_part_by_any_path_and_its_key_holds_the_part(
 
 def test_a_stage_loads_the_part_it_names_or_the_only_one_that_fits(tmp_path: Path) -> None:
     settings = DataSettings(name="digits")
-    data = Data(settings, {}, settings.describe())
+    data = Data(settings, {}, "0123456789")
     context = Context(LocalSession(tmp_path, torch.device("cpu"), 0, 1, 60.0), {}, data, 0, Precision())
     network = NetworkSettings(arch="resnet20")
     state = fresh(architecture(network, (1, 8, 8), 10), 1).state_dict()
