@@ -6,12 +6,31 @@ no renaming, no locking, no appending but by whole lines.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 import uuid
 from contextlib import AbstractContextManager, nullcontext
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a file for reading. Raises OSError, for what is none as well: a pipe or a device may never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"is {kind_of(mode)}, not a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def kind_of(mode: int) -> str:
+    """What is no file, by its `st_mode`."""
+    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def user_cache() -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pbkd.errors import UserError
 from pbkd.networks import BlockNetwork
 from pbkd.networks.weights import few, fits
+from pbkd.storage import open_file
 
 PART = "::"
 SAVE = "save the weights alone: torch.save(model.state_dict(), FILE)"
@@ -101,14 +102,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_there(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such weights file; give one, absolute or relative to here")
+    try:
+        open_file(path).close()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weights file; give one, absolute or relative to here") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that can be") from error
 
 
 def _weight_sets(path: Path) -> Sets:
     _check_there(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(9)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); make the file readable") from error

@@ -39,7 +39,8 @@ def prepare(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="cifar10|cifar100|FOLDER", help="FOLDER holds train/CLASS/*.JPEG and val/CLASS/*.JPEG."
+            metavar="cifar10|cifar100|FOLDER|RECIPE.yaml",
+            help="FOLDER holds train/CLASS/* and val/CLASS/*; a recipe says where its data are, and how.",
         ),
     ],
     root: Annotated[Path | None, typer.Option(help="Folder that holds a CIFAR, unpacked.")] = None,
@@ -84,8 +85,9 @@ def prepare(
             mode=mode or ("raw" if data.name in CIFAR else "jpeg"),
             max_resolution=max_resolution,
             quality=quality,
+            orientation=data.orientation,
         )
-        place = out or default_folder(data.data_root(), data.name)
+        place = out or data.beton or default_folder(data.data_root(), data.name)
         try:
             with _progress(console) as progress:
                 made = write(
@@ -163,6 +165,12 @@ def _data(name: str, root: Path | None, download: bool) -> DataSettings:
         if root is None:
             raise UserError(f"{name}: --root is missing\ncure: --root DIR with the folder that holds it")
         return DataSettings.model_validate({"name": name, "root": root, "download": download})
+    if name.endswith((".yaml", ".yml")):
+        if root is not None or download:
+            raise UserError(f"{name}: says where its data are; leave --root and --download out")
+        from pipelines.recipe_file import load_recipe
+
+        return load_recipe(Path(name)).data
     if root is not None or download:
         raise UserError(
             f"{name}: --root and --download are for cifar10 and cifar100\ncure: pbkd data prepare FOLDER"

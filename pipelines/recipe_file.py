@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pbkd.errors import UserError
+from pbkd.storage import open_file
 
 if TYPE_CHECKING:
     from pipelines.recipe import Recipe
@@ -49,7 +50,8 @@ def _typed(given: DictConfig, overrides: Sequence[str], path: Path) -> Recipe:
 
 def _read(path: Path) -> DictConfig:
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_file(path) as file:
+            text = file.read().decode()
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -18,7 +18,7 @@ from pbkd.data.beton_format import RAW, FormatError, Tables, read_tables
 from pbkd.data.folder import PartName
 from pbkd.errors import UserError
 from pbkd.preprocessing import Orientation
-from pbkd.storage import stays_below
+from pbkd.storage import open_file, stays_below
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -113,7 +113,8 @@ def read_manifest(path: Path) -> BetonManifest:
     """The manifest of the beton `path`. Raises UserError when there is none, or not as it was written."""
     place = manifest_path(path)
     try:
-        manifest = BetonManifest.model_validate_json(place.read_bytes())
+        with open_file(place) as file:
+            manifest = BetonManifest.model_validate_json(file.read())
     except FileNotFoundError:
         what = f"has no manifest {place.name}" if path.exists() else "there is no such file"
         raise _unfit(path, what) from None
@@ -200,7 +201,7 @@ def in_order(
 
 def _opened(path: Path) -> BufferedReader:
     try:
-        return path.open("rb")
+        return open_file(path)
     except OSError as error:
         raise _unfit(path, f"cannot be read: {_reason(error)}") from error
 

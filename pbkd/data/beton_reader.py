@@ -36,6 +36,7 @@ from pbkd.data.memory import RecycledMemory
 from pbkd.data.pixels import FLIPPED, PADDING, Indices, Views, of_right_size, shifted, started_ahead
 from pbkd.data.settings import DataSettings
 from pbkd.errors import UserError
+from pbkd.storage import open_file
 
 _ONE_AT_A_TIME = threading.Lock()
 """Held while a kernel runs: two readers of a process then share its threads instead of doubling them, and no
@@ -105,7 +106,7 @@ def open_beton(path: Path, cache: Path | None = None) -> Beton:
     Raises UserError naming the file and the cure.
     """
     manifest = open_checked(path, None)
-    with path.open("rb") as file:
+    with open_file(path) as file:
         state = _state(os.fstat(file.fileno()))
         tables = read_tables(file)
         if tables.digest() != manifest.tables or (

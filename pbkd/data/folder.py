@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from pbkd.errors import AbsentDataError, UserError
+from pbkd.storage import kind_of
 
 PartName = Literal["train", "val", "test"]
 State = tuple[int, int, int, int]
@@ -179,7 +180,7 @@ def state_of(path: Path | _Entry) -> State:
         raise unfit(Path(path), error) from None
     if not stat.S_ISREG(status.st_mode):
         raise UserError(
-            f"data.root: {os.fspath(path)} is {_kind(status.st_mode)}\nexpected a file\ncure: remove it"
+            f"data.root: {os.fspath(path)} is {kind_of(status.st_mode)}\nexpected a file\ncure: remove it"
         )
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
@@ -192,11 +193,6 @@ def unfit(path: Path, error: OSError) -> UserError:
         f"data.root: {path} is a link to {path.readlink()}, which cannot be opened: {error.strerror}\n"
         "cure: fetch its content (git annex get, dvc pull, …), or remove the link"
     )
-
-
-def _kind(mode: int) -> str:
-    kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
-    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def _is_image(entry: _Entry) -> bool:

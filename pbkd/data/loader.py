@@ -87,7 +87,7 @@ def _require_pixels(path: Path, manifest: BetonManifest, settings: DataSettings)
         if (stored := manifest.settings.orientation) != settings.orientation:
             raise UserError(
                 f"{path}: has orientation {stored}, and data.orientation={settings.orientation}\n"
-                "cure: pbkd data prepare with the recipe, or data.loader=torch"
+                "cure: pbkd data prepare RECIPE.yaml, or data.loader=torch"
             )
         return
     side = settings.describe().input_shape[1]

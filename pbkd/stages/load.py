@@ -23,6 +23,7 @@ from pbkd.networks.builders import pretrained_arguments, pretrained_name, pretra
 from pbkd.networks.equality import BATCHES, require_equal
 from pbkd.networks.weights import empty
 from pbkd.stages.base import Context, Role, Stage
+from pbkd.storage import open_file
 from pbkd.weight_files import PART, read_tensors, split_part
 
 
@@ -66,7 +67,7 @@ class Load(Stage):
             return pretrained_name(self.network.arch)
         path, part = split_part(self.weights)
         try:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.injected import injected
+from pbkd.data import DataSettings, open_data
 from pipelines.cli import main
 from tests.conftest import NO_MOUNT
 from tests.unit.image_folders import picture, save_folder
@@ -86,6 +87,7 @@ def test_skipped_images_are_told(root: Path, tmp_path: Path, capfd: pytest.Captu
             "cure: --root DIR with the folder that holds it, or --download",
         ),
         (["prepare", "nowhere"], "nowhere: there is no such folder"),
+        (["prepare", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["prepare", "."], "cure: pbkd data prepare ROOT"),
         (["prepare", ".", "--root", "."], "--root and --download are for cifar10 and cifar100"),
         (["prepare", ".", "--quality", "101"], "--quality"),
@@ -152,6 +154,26 @@ def test_a_small_disk_that_is_full_stays_empty(root: Path, tmp_path: Path):
         assert names(out) == []
     finally:
         subprocess.run(["umount", str(out)], check=True)
+
+
+def test_the_data_of_a_recipe_are_prepared_as_it_sees_them(root: Path, tmp_path: Path):
+    """Parts that are CSV files, a validation part of its own, photographs upright."""
+    for part, name in (("train", "train.csv"), ("val", "valid.csv"), ("val", "test.csv")):
+        rows = [f"{path.relative_to(root)},{path.parent.name}" for path in sorted((root / part).rglob("*.*"))]
+        (root / name).write_text("\n".join(["path,label", *rows]))
+    recipe = tmp_path / "photos.yaml"
+    data = {"name": "folder", "root": str(root), "orientation": "exif", "image_size": 16}
+    data |= {"splits": {"train": "train.csv", "val": "valid.csv", "test": "test.csv"}}
+    train = {"kind": "train", "network": {"arch": "resnet20"}, "epochs": 1}
+    content = {"name": "photos", "data": data, "teacher": "t", "student": "s"}
+    recipe.write_text(json.dumps(content | {"stages": {"t": train, "s": {"kind": "prune", "macs": 0.8}}}))
+    assert main(["data", "prepare", str(recipe)]) == 0
+    parts = sorted(path.stem for path in (root / "beton" / "folder").glob("*.beton"))
+    assert parts == ["test", "train", "val"]
+    settings = DataSettings.model_validate(data)
+    found = open_data(settings)
+    assert found.settings.loader == "ffcv" and found.classes == ("cat", "dog", "emu")
+    assert found.sizes == open_data(settings.model_copy(update={"loader": "torch"})).sizes
 
 
 WAIT_FOR_TEST = """

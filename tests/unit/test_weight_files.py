@@ -1,6 +1,7 @@
 """Weights from files as people save them: the network's own are found, or the message says what to do."""
 
 import argparse
+import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pbkd.data import Data, DataSettings
+from pbkd.data.beton import open_checked
 from pbkd.engine import LocalSession, Precision
 from pbkd.errors import UserError
 from pbkd.networks import (
@@ -29,6 +31,7 @@ from pbkd.networks import (
 from pbkd.networks.weights import empty
 from pbkd.stages import Context, Load
 from pbkd.weight_files import read_tensors, split_part
+from pipelines.recipe_file import load_recipe
 from tests.unit.small_networks import random_norms, small_resnet
 
 State = dict[str, Tensor]
@@ -405,6 +408,28 @@ def test_what_becomes_infinite_when_it_is_cast_is_refused(
 
 
 def test_a_missing_file_is_refused(spec: AnySpec, tmp_path: Path) -> None:
-    assert "no such weights file" in refused(spec, tmp_path)
+    assert "no such weights file" in refused(spec, tmp_path / "none.pt")
     with pytest.raises(UserError, match=r"none\.pt::ema: no such weights file"):
         read_tensors(tmp_path / "none.pt::ema")
+
+
+@pytest.mark.parametrize("kind", ["a named pipe", "a device", "a folder"])
+def test_what_is_no_file_is_named_and_not_waited_for(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    if kind == "a named pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    network = fresh(architecture(NetworkSettings(arch="resnet20"), (1, 8, 8), 10), 1)
+    readers: list[Callable[[], object]] = [
+        lambda: read_tensors(path, network),
+        lambda: Load.model_validate({"network": {"arch": "resnet20"}, "weights": path}).semantic(),
+        lambda: load_recipe(path),
+        lambda: open_checked(path.rename(tmp_path / "train.beton.json").with_suffix(""), None),
+    ]
+    for read in readers:
+        with pytest.raises(UserError, match=f"is {kind}, not a file") as caught:
+            read()
+        assert len(str(caught.value).splitlines()) <= 3
