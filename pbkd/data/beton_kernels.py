@@ -121,7 +121,7 @@ def _weights(source: int, scaled: int, first: int, count: int, kind: int) -> tup
     wide = max(scale, 1.0)
     support = _SUPPORT[kind] * wide
     places = np.empty((count, 2), np.int64)
-    weights = np.zeros((count, 2 * math.ceil(support) + 1), np.int64)
+    weights = np.zeros((count, 2 * math.ceil(support) + 1), np.int32)
     own = np.empty(weights.shape[1])
     for line in range(count):
         centre = (first + line + 0.5) * scale
@@ -171,15 +171,18 @@ def _resample(image: Pixels, height: int, width: int, y: int, x: int, kind: int,
     if height == image.shape[0]:
         view[:] = lines
         return
-    sums = np.empty((side, 3), np.int64)
+    sums = np.empty(3 * side, np.int32)  # narrow, and one after the other: the processor adds many at a time
+    flat = lines.reshape(len(lines), 3 * side)
+    target = view.reshape(side, 3 * side)
     for line in range(side):
         sums[:] = half
         for index in range(rows[line, 1]):
             weight = row_weights[line, index]
-            sums += weight * lines[rows[line, 0] - begin + index]
-        for column in range(side):
-            for channel in range(3):
-                view[line, column, channel] = _byte_compiled(sums[column, channel])
+            source = flat[rows[line, 0] - begin + index]
+            for place in range(3 * side):
+                sums[place] += weight * source[place]
+        for place in range(3 * side):
+            target[line, place] = _byte_compiled(sums[place])
 
 
 def _pick(image: Pixels, height: int, width: int, y: int, x: int, view: Pixels) -> None:
