@@ -66,21 +66,22 @@ class Listing:
         return f"{len(self.left_out)} files are no images and are left out: {names}"
 
 
-def list_classes(folder: Path) -> list[str]:
-    """Names of the class folders of a part, sorted. Raises UserError if there are none."""
-    names = [entry.name for entry in _entries(folder) if _is_folder(entry) and not entry.name.startswith(".")]
+def _list_classes(folder: Path) -> tuple[list[str], list[_Entry]]:
+    """Names of the class folders of a part, sorted, and what lies beside. UserError if there are none."""
+    entries = [entry for entry in _entries(folder) if entry.name[0] != "."]
+    names = [entry.name for entry in entries if _is_folder(entry)]
     if not names:
         raise UserError(
             f"data.root: no class folders in {folder}\n{_LAYOUT}\ncure: move each image to its class's folder"
         )
-    return sorted(names)
+    return sorted(names), [entry for entry in entries if not _is_folder(entry)]
 
 
 def list_names(root: Path, place: str) -> tuple[str, ...]:
     """Names of the classes of a part, in the order of their labels; see `list_files`."""
     if place.lower().endswith(".csv"):
         return _names(root / place, _read_rows(root / place))
-    return tuple(list_classes(root / place))
+    return tuple(_list_classes(root / place)[0])
 
 
 def list_files(root: Path, splits: Mapping[PartName, str]) -> Listing:
@@ -101,7 +102,8 @@ def list_files(root: Path, splits: Mapping[PartName, str]) -> Listing:
             f"data.splits: names folders and CSV files: {', '.join(splits.values())}\n"
             "expected one kind for all parts"
         )
-    classes = {name: list_classes(root / place) for name, place in splits.items()}
+    listed = {name: _list_classes(root / place) for name, place in splits.items()}
+    classes = {name: names for name, (names, _) in listed.items()}
     for part, other in ((part, other) for part in splits for other in splits if part != other):
         if missing := sorted(set(classes[part]) - set(classes[other])):
             raise UserError(
@@ -109,16 +111,16 @@ def list_files(root: Path, splits: Mapping[PartName, str]) -> Listing:
                 f"{missing[0]}, …\n{_LAYOUT}\ncure: the same class folders in both"
             )
     left_out: list[str] = []
+    for name, place in splits.items():
+        for entry in listed[name][1]:
+            state_of(entry)  # which tells of what is no file
+            left_out.append(f"{place}/{entry.name}")
     parts = {name: _list_part(root, place, classes["train"], left_out) for name, place in splits.items()}
     return Listing(tuple(classes["train"]), parts, tuple(sorted(left_out)))
 
 
 def _list_part(root: Path, place: str, classes: list[str], left_out: list[str]) -> Part:
     part = Part([], [], [])
-    beside = [entry for entry in _entries(root / place) if not _is_folder(entry) and entry.name[0] != "."]
-    for entry in beside:
-        state_of(entry)  # which tells of what is no file
-        left_out.append(f"{place}/{entry.name}")
     for label, name in enumerate(classes):
         found = list[tuple[str, State]]()
         for entry, state in _walk(root / place / name, ()):
