@@ -3,11 +3,14 @@
 This file too: an MLflow model has a copy, so it imports nothing of pbkd.
 """
 
+from functools import cache
+from io import BytesIO
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict
 
 Resize = Literal["short_side", "both", "none"]
@@ -17,6 +20,37 @@ Orientation = Literal["stored", "exif"]
 
 Box = tuple[int, int, int, int]
 """left, top, right, bottom in pixels, as PIL takes it."""
+
+
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
+"""The decoders of PIL that are used, where it was built with them: safe to try on any file."""
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The image formats that this PIL reads, of those that are used."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def decode(file: Path | BytesIO, *, upright: bool) -> Image.Image:
+    """An image file in mode RGB; transparency is dropped, 16-bit grey keeps its upper byte.
+
+    `upright` turns it as its EXIF tag says. Raises what PIL raises, and ValueError for numbers without a
+    fixed range (32-bit integers, floats).
+    """
+    with Image.open(file, formats=formats()) as image:
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no fixed range")
+        if image.mode.startswith("I;16"):
+            # PIL would clip it at 255.
+            return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        if "transparency" in image.info:
+            # PIL warns when a palette with transparency goes to RGB directly.
+            return image.convert("RGBA").convert("RGB")
+        return image.convert("RGB")
 
 
 class WrongSizeError(ValueError):
@@ -32,7 +66,7 @@ class Preprocessing(BaseModel):
     resize: `short_side` scales to `resize_size` pixels there and keeps the ratio, `both` scales both sides to
       it, `none` takes the pixels as they are.
     interpolation: of PIL, which averages over what it scales down (torchvision's `antialias=True`).
-    crop: `center` takes the central `image_size` x `image_size` of that; with `none`, it has that size.
+    crop: `center` takes the central `image_size` x `image_size` of that; with `none` it must have that size.
     mean, std: per channel: pixels in [0, 1], minus mean, divided by std.
     """
 
@@ -54,7 +88,7 @@ class Preprocessing(BaseModel):
         return Image.Resampling[self.interpolation.upper()]
 
     def view(self, width: int, height: int) -> tuple[tuple[int, int], Box]:
-        """Width and height to which an image of that size is scaled, and what of it the network sees.
+        """Width and height to which an image of that size is scaled, and the box of it that is cut out.
 
         Raises WrongSizeError when the image has not the size it must have.
         """

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from pbkd.data import DataSettings, open_data
+from pbkd.data.folder import read_rgb
 from pbkd.errors import UserError
 from pbkd.measure.accuracy import evaluate
 from pbkd.networks.builders import usual_preprocessing
@@ -50,9 +49,8 @@ def settings_for(root: Path, arch: str, image_size: int | None, pretrained: bool
     if own is not None and image_size in (None, own):
         seen = {name: usual[name] for name in ("mean", "std") if name in usual}
         given |= seen | {"image_size": own, "resize": "none"}
-        return DataSettings(
-            name="folder", root=root, **given
-        ), "all images have this size, and are taken as they are"
+        why = "all images have this size, and are taken as they are"
+        return DataSettings(name="folder", root=root, **given), why
     if not usual:
         return DataSettings(name="folder", root=root, image_size=image_size, **given), "ImageNet's usual"
     side = image_size or usual["image_size"]
@@ -77,8 +75,7 @@ def _own_side(settings: DataSettings) -> int | None:
     paths = list_folder(settings).parts["train"].paths
     sides = set[int]()
     for path in paths[:: max(1, len(paths) // LOOKED_AT)]:
-        with Image.open(settings.data_root() / path) as image:
-            sides.update(image.size)
+        sides.update(read_rgb(settings.data_root() / path).size)
     return sides.pop() if len(sides) == 1 else None
 
 

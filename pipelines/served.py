@@ -6,7 +6,6 @@ A copy of this file and of `pbkd/preprocessing.py` lies in every such model; wit
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Callable, Iterable
 from io import BytesIO
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 try:
-    from pbkd_preprocessing import Preprocessing  # type: ignore[import-not-found]  # the copy beside this one
+    from pbkd_preprocessing import Preprocessing, decode  # type: ignore[import-not-found]  # the copy beside this one
 except ImportError:
-    from pbkd.preprocessing import Preprocessing
+    from pbkd.preprocessing import Preprocessing, decode
 
 if TYPE_CHECKING:
     from mlflow.exceptions import MlflowException
@@ -74,13 +73,11 @@ class Served:
 
 def _opened(text: str, seen: Preprocessing) -> Image.Image:
     try:
-        image: Image.Image = Image.open(BytesIO(base64.b64decode(text, validate=True)))
-        image.load()
-    except (OSError, SyntaxError, binascii.Error) as error:
+        content = BytesIO(base64.b64decode(text, validate=True))
+        image: Image.Image = decode(content, upright=seen.orientation == "exif")
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"a text is no image file in base64: {error}") from None
-    if seen.orientation == "exif":
-        image = ImageOps.exif_transpose(image)
-    return image.convert("L" if seen.colours == "grey" else "RGB")
+    return image.convert("L") if seen.colours == "grey" else image
 
 
 def _drawn(image: Any, channels: int) -> Image.Image:

@@ -6,23 +6,20 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from pbkd.errors import AbsentDataError, UserError
+from pbkd.preprocessing import decode, formats
 from pbkd.storage import kind_of
 
 PartName = Literal["train", "val", "test"]
 State = tuple[int, int, int, int]
 """Of a file: inode, bytes, time of the last change of its content and of its metadata (ns)."""
 
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
-"""PIL's decoders that are used, where it was built with them: safe to try on any file."""
 _SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".ppm", ".pgm", ".pbm"),
     *(".pnm", ".tif", ".tiff", ".webp", ".jp2", ".j2k", ".jpx", ".avif"),
@@ -113,7 +110,7 @@ def list_files(root: Path, splits: Mapping[PartName, str]) -> Listing:
     left_out: list[str] = []
     for name, place in splits.items():
         for entry in listed[name][1]:
-            state_of(entry)  # which tells of what is no file
+            state_of(entry)  # raises for what is not a file
             left_out.append(f"{place}/{entry.name}")
     parts = {name: _list_part(root, place, classes["train"], left_out) for name, place in splits.items()}
     return Listing(tuple(classes["train"]), parts, tuple(sorted(left_out)))
@@ -201,7 +198,7 @@ def _is_image(entry: _Entry) -> bool:
     if entry.name.lower().endswith(_SUFFIXES):
         return True
     try:
-        with Image.open(entry.path, formats=_formats()):
+        with Image.open(entry.path, formats=formats()):
             return True
     except (OSError, ValueError, SyntaxError, EOFError, struct.error):  # what PIL says of other files
         return False
@@ -274,10 +271,7 @@ def read_rgb(path: Path, content: bytes | None = None, *, upright: bool = False)
     integers, floats).
     """
     try:
-        with Image.open(path if content is None else BytesIO(content), formats=_formats()) as image:
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+        return decode(path if content is None else BytesIO(content), upright=upright)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on broken files
         # PIL names a stream by its address.
         reason = str(error).partition("\n")[0].partition(" <_io.")[0]
@@ -285,21 +279,3 @@ def read_rgb(path: Path, content: bytes | None = None, *, upright: bool = False)
             f"cannot read image {path}: {type(error).__name__}: {reason}\n"
             "cure: replace the file, or remove it"
         ) from error
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no fixed range")
-    if image.mode.startswith("I;16"):
-        # PIL would clip it at 255.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info:
-        # PIL warns when a palette with transparency goes to RGB directly.
-        return image.convert("RGBA").convert("RGB")
-    return image.convert("RGB")

@@ -254,8 +254,8 @@ class DataSettings(BaseModel):
     def describe(self, classes: int | None = None) -> DataInfo:
         """Input shape, classes and normalization; reads no data.
 
-        A folder has so many `classes`, else `num_classes`, else the class folders of root/train. Raises
-        UserError when it has none of these.
+        A folder's number of classes is `classes` if that is given, else `num_classes`, else counted in
+        root/train. Raises UserError when there is none of these.
         """
         native = _IN_MEMORY.get(self.name)
         if native is None:
